@@ -1,0 +1,6 @@
+"""Let ``python -m saeguard`` be the ``saeguard`` command."""
+
+from saeguard.cli import app
+
+if __name__ == "__main__":
+    app(prog_name="saeguard")

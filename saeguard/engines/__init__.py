@@ -1,0 +1,12 @@
+"""One adapter per framework; each turns sites into places and says what a call's tokens are."""
+
+from torch import nn
+
+from saeguard.engines.base import Engine
+from saeguard.engines.hf import HuggingFace
+from saeguard.engines.layouts import Layout
+
+
+def engine_for(model: nn.Module, layout: Layout | None = None) -> Engine:
+    """The engine for ``model``, by its type. Raises `UnsupportedModel`, `CompiledModel`."""
+    return HuggingFace(model, layout)

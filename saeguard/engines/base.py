@@ -1,0 +1,121 @@
+"""What an engine owes the layers above: sites to places, and what a call says about its tokens."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from saeguard.axes import Stream
+from saeguard.errors import GuardNotApplied
+from saeguard.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A site in a live model: what a module reads (``input``) or gives (``output``)."""
+
+    site: Site
+    module: nn.Module
+    path: str
+    side: Literal["input", "output"]
+    width: int
+    device: torch.device
+
+    def attach(self, change: Callable[[Stream], Stream]) -> Any:
+        """Register one hook that passes the stream through ``change``; the handle removes it.
+
+        The hook stays out of torch.compile graphs: it runs in Python at every call, whoever compiles the model.
+        """
+        if self.side == "output":
+
+            @torch.compiler.disable
+            def on_output(module: nn.Module, args: Any, output: Any) -> Any:
+                if isinstance(output, tuple):
+                    return (change(_tensor(output[0], self)), *output[1:])
+                return change(_tensor(output, self))
+
+            return self.module.register_forward_hook(on_output)
+
+        @torch.compiler.disable
+        def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (change(_tensor(args[0], self)), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": change(_tensor(kwargs.get("hidden_states"), self))}
+
+        return self.module.register_forward_pre_hook(on_input, with_kwargs=True)
+
+
+def _tensor(value: Any, place: Place) -> Tensor:
+    if isinstance(value, Tensor) and value.ndim == 3:
+        return value
+    raise GuardNotApplied(
+        f"an edit at {place.site}",
+        f"{place.path} carries {type(value).__name__} {tuple(getattr(value, 'shape', ()))} there, not batch x pos x d",
+        "Report the model class: its site table is wrong.",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a generate call says before it starts.
+
+    ``rows`` is the batch of the request, ``copies`` how many forward rows each of its rows becomes, ``reorders``
+    whether those trade places (beams). ``prompt_columns`` is the width of the prompt, padding included.
+    """
+
+    rows: int
+    copies: int
+    reorders: bool
+    prompt_columns: int
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What one forward call says of its tokens, before saeguard's own knowledge of the request is added."""
+
+    rows: int
+    width: int
+    column: int
+    cache: Any
+    ids: Tensor | None
+    mask: Tensor | None
+    device: torch.device
+
+
+class Engine(Protocol):
+    """The adapter to one framework, bound to one model."""
+
+    model: nn.Module
+    name: str
+
+    def resolve(self, site: Site) -> Place:
+        """Where ``site`` is in the model. Raises `SiteNotFound`, `MetaDevice`."""
+        ...
+
+    def model_names(self) -> tuple[str, ...]:
+        """Names under which the model may stand in an SAE's manifest; empty when it has none."""
+        ...
+
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens that the model's own configuration names."""
+        ...
+
+    def read_pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
+        """Read the arguments of a forward call. Raises `TokensUnknown`, `UnsupportedMode`."""
+        ...
+
+    def read_cache(self, output: Any) -> Any:
+        """The cache that a forward call returned, or None."""
+        ...
+
+    def read_request(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
+        """Read the arguments of a generate call. Raises `UnsupportedMode`."""
+        ...
+
+    def read_ends(self, output: Any, request: Request, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Per forward row, the first column whose token was not used, from what generate returned."""
+        ...
+
+

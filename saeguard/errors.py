@@ -1,0 +1,185 @@
+"""Everything saeguard raises on purpose.
+
+    SaeguardError
+    |- PlanError              the plan contradicts itself or its file
+    |  |- EmptyPlan             no rule in it
+    |  |- BadRule               a rule's field is out of its domain (amounts, latents, phases, units)
+    |  |- OverlappingRules      two rules set the same latent of the same row
+    |  |- UnknownSchema         the file was written by a newer saeguard
+    |  |- UnknownOp             the file names an op that this version does not have
+    |  '- BadPlanFile           the file is not a plan: truncated, oversized, not JSON, unknown fields
+    |- BindError              the plan does not fit this model or this batch
+    |  |- UnsupportedModel      no site table for this architecture, or a wrapper was given
+    |  |- CompiledModel         torch.compile traced this model before the hooks were there
+    |  |- MetaDevice            the model has no weights
+    |  |- SiteNotFound          unknown stream, layer out of range
+    |  |- WidthMismatch         the SAE reads vectors of another width
+    |  |- WrongModel            the SAE's manifest names another model
+    |  |- LatentOutOfRange      the SAE has fewer latents than that
+    |  |- NotSliceable          the activation ranks latents, so some cannot be computed alone
+    |  |- MissingMaximum        unit="max" without recorded maximum activations
+    |  |- RowsMismatch          one plan per row, but another number of rows
+    |  '- MissingBOS            the SAE wants a BOS token and the tokenizer has none
+    |- LoadError              weights could not be read
+    |  |- UnsupportedFormat     no loader, or more than one, recognises the files
+    |  |- BrokenFile            truncated, wrong shapes, wrong dtypes, not finite
+    |  |- HashMismatch          the bytes are not the pinned ones
+    |  '- ModelUnavailable      neither the hub nor the package index has the model for us
+    |- TrainError             training cannot start or go on
+    '- GuardError             the model may have run without its edits
+       |- GuardNotApplied       a forward pass went by and an edit did not run
+       |- PlanNeverRan          the block ended and the model was never called
+       |- UnstableEdit          an edit produced NaN or infinity
+       |- PhaseUnknown          prompt and generated tokens cannot be told apart here
+       |- TokensUnknown         padding, special tokens or positions cannot be known here
+       |- UnsupportedMode       an execution mode whose edits cannot be exact
+       '- ModelBusy            another thread or task steers this model
+
+Every message has three parts: what was asked, what was found, how to proceed.
+"""
+
+
+class SaeguardError(Exception):
+    """Base of every error that saeguard raises on purpose.
+
+    ``asked`` and ``found`` are clauses without a full stop; ``proceed`` is one or more sentences.
+    """
+
+    def __init__(self, asked: str, found: str, proceed: str):
+        super().__init__(asked, found, proceed)
+        self.asked, self.found, self.proceed = asked, found, proceed
+
+    def __str__(self) -> str:
+        return f"{self.asked}: {self.found}. {self.proceed}"
+
+
+class PlanError(SaeguardError):
+    """The plan contradicts itself or its file."""
+
+
+class EmptyPlan(PlanError):
+    """A plan without rules; a row without a plan is written ``None``."""
+
+
+class BadRule(PlanError):
+    """A field of a rule, op or trigger is out of its domain."""
+
+
+class OverlappingRules(PlanError):
+    """Two rules set the same latent of the same row at the same site."""
+
+
+class UnknownSchema(PlanError):
+    """The plan file has a schema version that this saeguard does not read."""
+
+
+class UnknownOp(PlanError):
+    """The plan file names an op or trigger that this saeguard does not have."""
+
+
+class BadPlanFile(PlanError):
+    """The text is not a plan: truncated, oversized, not JSON, or with unknown fields."""
+
+
+class BindError(SaeguardError):
+    """The plan does not fit this model or this batch."""
+
+
+class UnsupportedModel(BindError):
+    """No site table for this architecture, or a wrapper was given instead of the model."""
+
+
+class CompiledModel(BindError):
+    """torch.compile has traced this model before the hooks were placed, so they would not run."""
+
+
+class MetaDevice(BindError):
+    """Some parameters of the model live on the meta device: there is nothing to steer."""
+
+
+class SiteNotFound(BindError):
+    """The model has no such stream or layer."""
+
+
+class WidthMismatch(BindError):
+    """The SAE reads vectors of another width than the site carries."""
+
+
+class WrongModel(BindError):
+    """The SAE's manifest names another model or another site."""
+
+
+class LatentOutOfRange(BindError):
+    """A latent index is not in 0..d_sae-1."""
+
+
+class NotSliceable(BindError):
+    """Under an activation that ranks, one latent cannot be computed without all others."""
+
+
+class MissingMaximum(BindError):
+    """``unit="max"`` needs maximum activations that this SAE does not record."""
+
+
+class RowsMismatch(BindError):
+    """There is one plan per row, and the batch has another number of rows."""
+
+
+class MissingBOS(BindError):
+    """The SAE was trained behind a BOS token and this tokenizer has none."""
+
+
+class LoadError(SaeguardError):
+    """Weights could not be read."""
+
+
+class UnsupportedFormat(LoadError):
+    """No loader, or more than one, recognises the source."""
+
+
+class BrokenFile(LoadError):
+    """A weights file is truncated, has wrong shapes or dtypes, or holds non-finite numbers."""
+
+
+class HashMismatch(LoadError):
+    """The bytes that arrived are not the pinned ones."""
+
+
+class ModelUnavailable(LoadError):
+    """Neither the hub nor the package index could give the model."""
+
+
+class TrainError(SaeguardError):
+    """Training cannot start or go on."""
+
+
+class GuardError(SaeguardError):
+    """The model may have run without its edits."""
+
+
+class GuardNotApplied(GuardError):
+    """A forward pass went by and an edit that it had to make did not run."""
+
+
+class PlanNeverRan(GuardError):
+    """The block ended and the model was never called inside it."""
+
+
+class UnstableEdit(GuardError):
+    """An edit produced NaN or infinity; nothing was sampled from it."""
+
+
+class PhaseUnknown(GuardError):
+    """A rule depends on prompt or generated tokens, and this call does not tell them apart."""
+
+
+class TokensUnknown(GuardError):
+    """Padding, special tokens or absolute positions of this call cannot be known."""
+
+
+class UnsupportedMode(GuardError):
+    """An execution mode whose edits cannot be exact."""
+
+
+class ModelBusy(GuardError):
+    """Another thread or task steers this model."""

@@ -1,0 +1,131 @@
+"""What was really edited: per call of the model, row, absolute position and rule.
+
+During a forward pass only references to small tensors are kept. They are put together when somebody asks, or every
+`COMPACT_EVERY` passes. A pass that starts at an earlier column than the last one ended (recomputation without a
+cache, rejected draft tokens) takes the place of what was recorded from that column on.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saeguard.axes import Mask
+from saeguard.editor import Edit
+from saeguard.sites import Site
+from saeguard.tokens import TokenBatch
+
+COMPACT_EVERY = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One forward pass at one site."""
+
+    tokens: TokenBatch
+    covers: Bool[Tensor, "batch rules"]
+    edit: Edit
+    x_norm: Float[Tensor, "batch pos"]
+
+
+@dataclass(eq=False)
+class Table:
+    """The tokens of one call at one site, ``row column`` and ``row column rule``."""
+
+    absolute: Int[Tensor, "row column"]
+    real: Bool[Tensor, "row column"]
+    x_norm: Float[Tensor, "row column"]
+    covered: Bool[Tensor, "row column rules"]
+    selected: Bool[Tensor, "row column rules"]
+    edited: Bool[Tensor, "row column rules"]
+    delta: Float[Tensor, "row column rules"]
+    """Norm of the rule's own change of x."""
+
+    def extended(self, other: "Table", column: int) -> "Table":
+        """This table up to ``column``, then ``other``."""
+        names = self.__dataclass_fields__
+        return Table(**{n: torch.cat([getattr(self, n)[:, :column], getattr(other, n)], dim=1) for n in names})
+
+
+@dataclass(eq=False)
+class Track:
+    """The entries of one call at one site, oldest first, and the table of those already put together."""
+
+    entries: list[Entry] = field(default_factory=list)
+    base: Table | None = None
+
+    def add(self, entry: Entry) -> None:
+        while self.entries and self.entries[-1].tokens.column >= entry.tokens.column:
+            self.entries.pop()
+        self.entries.append(entry)
+        if len(self.entries) > COMPACT_EVERY:
+            self.table()
+
+    def table(self) -> Table | None:
+        """All that is known, put together."""
+        for entry in self.entries:
+            fresh = _tabulate(entry)
+            self.base = fresh if self.base is None else self.base.extended(fresh, entry.tokens.column)
+        self.entries.clear()
+        return self.base
+
+
+@dataclass(eq=False)
+class CallRecord:
+    """One request to the model: a generate call, or forward passes that share a cache.
+
+    ``per_request`` forward rows belong to one row of the request when they are beams, whose order changes as the
+    search goes on; what is reported is then the union over the beams. ``ends`` are the columns from which on a row's
+    tokens were thrown away (after its end, or never fed back); None while unknown.
+    """
+
+    per_request: int = 1
+    ends: Int[Tensor, " row"] | None = None
+    tracks: dict[Site, Track] = field(default_factory=dict)
+
+    def track(self, site: Site) -> Track:
+        return self.tracks.setdefault(site, Track())
+
+    def table(self, site: Site) -> Table | None:
+        """The tokens of this call at ``site`` that counted."""
+        table = self.tracks[site].table() if site in self.tracks else None
+        if table is None or self.ends is None:
+            return table
+        kept = torch.arange(table.real.shape[1]) < self.ends[:, None]
+        table.real = table.real & kept
+        for name in ("covered", "selected", "edited"):
+            setattr(table, name, getattr(table, name) & kept[..., None])
+        return table
+
+
+def _tabulate(entry: Entry) -> Table:
+    rules = entry.covers.shape[1]
+    real = entry.tokens.real.cpu()
+    shape = (*real.shape, rules)
+    selected, edited = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    delta = torch.zeros(shape)
+    for piece in entry.edit.parts:
+        df, owner = piece.df.detach().cpu(), piece.part.rule.cpu()
+        W_dec = piece.part.W_dec.detach().cpu()
+        for local, rule in enumerate(piece.rules):
+            mine = owner == local
+            selected[..., rule] = piece.selected[..., local].cpu()
+            edited[..., rule] = (df[..., mine] != 0).any(-1)
+            delta[..., rule] = torch.linalg.vector_norm(df[..., mine] @ W_dec[mine], dim=-1)
+    return Table(
+        absolute=entry.tokens.absolute.cpu(),
+        real=real,
+        x_norm=entry.x_norm.detach().float().cpu(),
+        covered=real[..., None] & entry.covers.cpu()[:, None],
+        selected=selected,
+        edited=edited,
+        delta=delta,
+    )
+
+
+def positions(mask: Mask, absolute: Int[Tensor, "row column"], per_request: int) -> tuple[tuple[int, ...], ...]:
+    """The absolute positions set in ``mask``, ascending, per row of the request."""
+    rows = [set(absolute[row][mask[row]].tolist()) for row in range(mask.shape[0])]
+    merged = [set().union(*rows[i : i + per_request]) for i in range(0, len(rows), per_request)]
+    return tuple(tuple(sorted(row)) for row in merged)

@@ -1,0 +1,242 @@
+"""Plans: what to do, as data that can be written down, compared, signed and sent.
+
+A `Rule` names latents of an SAE, an op, and which tokens it is about; a `Plan` is a tuple of rules. All rules of a
+plan are joint: every activation is read from the same x, and the order of declaration never matters.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from saeguard.errors import BadPlanFile, BadRule, EmptyPlan, OverlappingRules, UnknownOp, UnknownSchema
+from saeguard.gates import TRIGGERS, AnyActive, as_latents
+from saeguard.ops import OPS, Ablate, Add, AtLeast, AtMost, Clamp, Scale
+from saeguard.sites import Site
+from saeguard.tokens import Phase, Where
+
+SCHEMA = 1
+MAX_BYTES = 16_000_000
+MAX_DEPTH = 12
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One op on some latents of one SAE.
+
+    ``sae`` is the SAE's name, or a source that `load_sae` reads. ``site`` defaults to the SAE's own. ``phase``,
+    ``first``, ``start``, ``stop`` and ``special`` are those of `saeguard.tokens.Where`. ``priority`` settles two
+    rules that set the same latent of the same row: where both apply the higher one acts; without it they are refused.
+    An empty tuple of latents changes nothing. Raises `BadRule`.
+    """
+
+    sae: str
+    latents: tuple[int, ...]
+    op: Clamp | Scale | Add | Ablate | AtLeast | AtMost
+    _: KW_ONLY
+    site: Site | None = None
+    trigger: AnyActive | None = None
+    phase: Phase = "all"
+    first: int | None = None
+    start: int = 0
+    stop: int | None = None
+    special: bool = False
+    priority: int | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.sae, str) or not self.sae:
+            raise BadRule(f"rule with sae={self.sae!r}", "a rule names its SAE by a string", "Use sae.name.")
+        object.__setattr__(self, "latents", as_latents("rule", self.latents))
+        if isinstance(self.site, str):
+            object.__setattr__(self, "site", Site.parse(self.site))
+        if type(self.op) not in OPS.values():
+            raise BadRule(f"rule with op={self.op!r}", "that is not an op", f"Ops: {', '.join(OPS)}.")
+        if self.priority is not None and (isinstance(self.priority, bool) or not isinstance(self.priority, int)):
+            raise BadRule(f"priority {self.priority!r}", "that is not an integer", "Give an int, or None.")
+        self._check_amounts()
+        object.__setattr__(self, "_where", Where(self.phase, self.first, self.start, self.stop, self.special))
+
+    @property
+    def where(self) -> Where:
+        """The tokens that the rule is about."""
+        return self._where  # type: ignore[attr-defined]
+
+    def _check_amounts(self) -> None:
+        lowered = self.op.lower()
+        for amount in (lowered.scale, lowered.shift, lowered.lo, lowered.hi):
+            if isinstance(amount, tuple) and len(amount) != len(self.latents):
+                raise BadRule(
+                    f"one amount per latent for {len(self.latents)} latents",
+                    f"{len(amount)} amounts were given",
+                    "Give as many, in the order of latents, or one number for all.",
+                )
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.latents[:6])) + (", ..." if len(self.latents) > 6 else "")
+        site = f" at {self.site}" if self.site else ""
+        return f"{self.op} on {self.sae}[{shown}]{site}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One or more rules; ``name`` is for people. Raises `EmptyPlan`, `OverlappingRules`."""
+
+    rules: tuple[Rule, ...]
+    name: str = ""
+
+    def __post_init__(self):
+        rules = (self.rules,) if isinstance(self.rules, Rule) else tuple(self.rules)
+        object.__setattr__(self, "rules", rules)
+        if not rules:
+            raise EmptyPlan("a plan", "it has no rules", "Leave a row alone with None in the list of plans.")
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise BadRule("a plan", f"{rule!r} is not a Rule", "Give Rule objects.")
+        check_overlaps((rule, (rule.sae, rule.site)) for rule in rules)
+
+    def to_json(self) -> str:
+        """The canonical text: keys sorted, no spaces, ASCII; equal plans give equal texts."""
+        rules = [_rule_to_dict(rule) for rule in self.rules]
+        document = {"saeguard": "plan", "schema": SCHEMA, "name": self.name, "rules": rules}
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Plan":
+        """Read what `to_json` wrote. Raises `BadPlanFile`, `UnknownSchema`, `UnknownOp` and what `Rule` raises."""
+        document = parse_json(text)
+        if not isinstance(document, dict) or document.get("saeguard") != "plan":
+            raise BadPlanFile("a plan file", 'the key "saeguard": "plan" is missing', "Write it with Plan.to_json.")
+        if document.get("schema") != SCHEMA:
+            raise UnknownSchema(
+                f"a plan of schema {document.get('schema')!r}",
+                f"this version of saeguard reads schema {SCHEMA}",
+                "Update saeguard, or write the plan again with this version.",
+            )
+        _check_keys("plan", document, {"saeguard", "schema", "name", "rules"}, {"rules"})
+        if not isinstance(document["rules"], list) or not isinstance(document.get("name", ""), str):
+            raise BadPlanFile("a plan file", "rules is not a list, or name not a string", "Write it with to_json.")
+        return cls(tuple(_rule_from_dict(entry) for entry in document["rules"]), document.get("name", ""))
+
+    def save(self, path: str | Path) -> None:
+        """Write the canonical text to a file."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a file that `save` wrote; at most ``MAX_BYTES`` are read."""
+        with Path(path).open("rb") as file:
+            return cls.from_json(file.read(MAX_BYTES + 1))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the plan does: its canonical text with rules sorted and the name left out."""
+        rules = sorted(json.dumps(_rule_to_dict(rule), sort_keys=True) for rule in self.rules)
+        return hashlib.sha256(json.dumps([SCHEMA, rules]).encode()).hexdigest()
+
+
+def check_overlaps(rules: Iterable[tuple[Rule, Any]]) -> None:
+    """Raise `OverlappingRules` if two rules for one place set one latent and no priority settles it.
+
+    Each rule comes with what identifies its SAE and site; the rules are those of one row.
+    """
+    owners: dict[Any, dict[int, list[Rule]]] = {}
+    for rule, place in rules:
+        for latent in rule.latents:
+            others = owners.setdefault(place, {}).setdefault(latent, [])
+            for other in others:
+                if other.priority is None or rule.priority is None or other.priority == rule.priority:
+                    raise OverlappingRules(
+                        f"latent {latent} of {rule.sae} set by two rules of one row, {other.op} and {rule.op}",
+                        "nothing says which of them acts",
+                        "Merge them, or give both rules different priorities.",
+                    )
+            others.append(rule)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON with limits: at most ``MAX_BYTES``, ``MAX_DEPTH`` levels, no NaN, no key twice. Raises `BadPlanFile`."""
+    if len(text) > MAX_BYTES:
+        raise BadPlanFile("a plan file", f"it is larger than {MAX_BYTES} bytes", "Split the plan.")
+    try:
+        document = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadPlanFile("a plan file", f"it is not JSON ({error})", "Write it with Plan.to_json.") from error
+    if _depth(document) > MAX_DEPTH:
+        raise BadPlanFile("a plan file", f"it nests deeper than {MAX_DEPTH} levels", "Write it with Plan.to_json.")
+    return document
+
+
+def _rule_to_dict(rule: Rule) -> dict[str, Any]:
+    entry: dict[str, Any] = {f.name: getattr(rule, f.name) for f in fields(rule)}
+    entry["site"] = str(rule.site) if rule.site else None
+    entry["op"] = _tagged(OPS, rule.op)
+    entry["trigger"] = _tagged(TRIGGERS, rule.trigger) if rule.trigger else None
+    return entry
+
+
+def _tagged(names: dict[str, Any], thing: Any) -> dict[str, Any]:
+    kind = next(name for name, cls in names.items() if type(thing) is cls)
+    return {"kind": kind} | asdict(thing)
+
+
+def _rule_from_dict(entry: Any) -> Rule:
+    _check_keys("rule", entry, {f.name for f in fields(Rule)}, {"sae", "latents", "op"})
+    values = dict(entry)
+    if not isinstance(values["latents"], list):
+        raise BadPlanFile("a rule", "latents is not a list", "Write the plan with Plan.to_json.")
+    if values.get("site") is not None:
+        values["site"] = Site.parse(str(values["site"]))
+    values["op"] = _untagged("op", OPS, values["op"])
+    if values.get("trigger") is not None:
+        values["trigger"] = _untagged("trigger", TRIGGERS, values["trigger"])
+    try:
+        return Rule(**values)
+    except TypeError as error:
+        raise BadPlanFile("a rule", str(error), "Write the plan with Plan.to_json.") from error
+
+
+def _untagged(what: str, names: dict[str, Any], entry: Any) -> Any:
+    if not isinstance(entry, dict) or entry.get("kind") not in names:
+        found = entry.get("kind") if isinstance(entry, dict) else entry
+        raise UnknownOp(f"{what} {found!r}", "this version does not have it", f"Known: {', '.join(names)}.")
+    cls = names[entry["kind"]]
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key != "kind"}
+    allowed = {f.name for f in fields(cls)}
+    _check_keys(what, values, allowed, set())
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise BadPlanFile(f"{what} {entry['kind']!r}", str(error), "Write the plan with Plan.to_json.") from error
+
+
+def _check_keys(what: str, entry: Any, allowed: set[str], required: set[str]) -> None:
+    if not isinstance(entry, dict):
+        raise BadPlanFile(f"a {what}", "it is not a JSON object", "Write the plan with Plan.to_json.")
+    unknown, missing = sorted(set(entry) - allowed), sorted(required - set(entry))
+    if unknown or missing:
+        raise BadPlanFile(f"a {what}", f"unknown keys {unknown}, missing keys {missing}", f"Keys: {sorted(allowed)}.")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a number")
+
+
+def _depth(document: Any) -> int:
+    level, depth = [document], 0
+    while level:
+        depth += 1
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    return depth

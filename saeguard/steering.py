@@ -1,0 +1,202 @@
+"""Steer a model: apply plans to every forward pass inside a ``with`` block, and report what was really edited."""
+
+import contextvars
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from saeguard.axes import Stream
+from saeguard.editor import BoundRule, Edit, Editor, bind
+from saeguard.engines import engine_for
+from saeguard.engines.base import Engine, Place, Request
+from saeguard.engines.layouts import Layout
+from saeguard.engines.session import View, join, leave, participants
+from saeguard.errors import BadRule, OverlappingRules, PlanNeverRan, RowsMismatch, WidthMismatch, WrongModel
+from saeguard.kernels.pick import KernelName
+from saeguard.ledger import CallRecord, Entry
+from saeguard.loaders import load_sae
+from saeguard.plans import Plan
+from saeguard.reports import Report, report
+from saeguard.sae import SAE
+from saeguard.sites import Site
+
+Plans = Plan | None | Sequence[Plan | None]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Run:
+    """A steer block: what is applied, and after or during it, `report`."""
+
+    def __init__(self, plans: Sequence[Plan | None], rules: tuple[BoundRule, ...], editors: dict[Site, Editor],
+                 saes: Mapping[str, SAE], *, every_row: bool, special_ids: Iterable[int], prompt_tokens: int | tuple[int, ...] | None):  # fmt: skip
+        self.plans = tuple(plans)
+        self.rules = rules
+        self.editors = editors
+        self.saes = saes
+        self.sites = frozenset(editors)
+        self.special_ids: Int[Tensor, " n"] = torch.tensor(sorted(special_ids), dtype=torch.long)
+        self.prompt_tokens = prompt_tokens
+        self.calls: list[CallRecord] = []
+        self._every_row = every_row
+        self._covers: dict[tuple[int, int], Bool[Tensor, "batch rules"]] = {}
+
+    @property
+    def report(self) -> Report:
+        """What was edited so far, per rule."""
+        return report(self.rules, self.calls)
+
+    def bind(self, function: Callable[P, T]) -> Callable[P, T]:
+        """``function`` for another thread: there it counts as called inside this block."""
+        return partial(contextvars.copy_context().run, function)  # type: ignore[return-value]
+
+    def cover(self, rows: int, request: Request | None) -> Bool[Tensor, "batch rules"]:
+        """Which rules each forward row is under. Raises `RowsMismatch`."""
+        copies = request.copies if request is not None else 1
+        if (rows, copies) not in self._covers:
+            if not self._every_row and rows != len(self.plans) * copies:
+                raise RowsMismatch(
+                    f"{len(self.plans)} plans, one per row",
+                    f"the batch has {rows} rows" + (f" for {copies} sequences per request" if copies > 1 else ""),
+                    "Give as many plans as rows (None for a row to leave alone), or one plan for all rows.",
+                )
+            owner = torch.arange(rows) // copies
+            columns = [
+                torch.ones(rows, dtype=torch.bool)
+                if bound.plans is None
+                else torch.isin(owner, torch.tensor(sorted(bound.plans)))
+                for bound in self.rules
+            ]
+            self._covers[rows, copies] = torch.stack(columns, dim=1) if columns else torch.zeros(rows, 0).bool()
+        return self._covers[rows, copies]
+
+    def open_record(self, request: Request | None) -> CallRecord:
+        """A fresh record of a call."""
+        record = CallRecord(request.copies if request is not None and request.reorders else 1)
+        self.calls.append(record)
+        return record
+
+    def see(self, site: Site, before: Stream, after: Stream, view: View, edit: Edit | None) -> None:
+        """Write a pass into the ledger."""
+        if edit is not None:
+            norm = torch.linalg.vector_norm(before.detach(), dim=-1, dtype=torch.float32)
+            view.record.track(site).add(Entry(view.tokens, view.covers, edit, norm))
+
+
+@contextmanager
+def steer(
+    model: nn.Module,
+    plan: Plans,
+    *,
+    saes: SAE | Iterable[SAE] | Mapping[str, SAE] = (),
+    tokenizer: Any = None,
+    special_ids: Iterable[int] | None = None,
+    prompt_tokens: int | Sequence[int] | None = None,
+    layout: Layout | None = None,
+    kernel: KernelName | None = None,
+) -> Iterator[Run]:
+    """Apply ``plan`` to every forward pass of ``model`` inside the block, and leave no trace after it.
+
+    A list gives one plan per row of the batch, None for rows that stay bit-identical to the plain model. Rules find
+    their SAE by name among ``saes``, or else through `load_sae`. Special tokens are those of ``special_ids`` or
+    ``tokenizer``, and else of the SAEs' manifests and the model's configuration. Outside ``generate`` rules for the
+    prompt or for generated tokens need ``prompt_tokens``, the number of real prompt tokens. Blocks nest: the rules
+    of all open blocks are joint, as if they stood in one plan.
+
+    Raises `BindError` before the model is touched when anything does not fit, `ModelBusy` when another thread has a
+    block open, `GuardError` from a pass whose edits cannot be exact, and `PlanNeverRan` at the end of a block in
+    which the model was never called.
+    """
+    engine = engine_for(model, layout)
+    every_row = plan is None or isinstance(plan, Plan)
+    plans: list[Plan | None] = [plan] if plan is None or isinstance(plan, Plan) else list(plan)
+    loaded = _load(plans, saes)
+    rules = bind(plans, loaded, every_row=every_row)
+    places = {site: engine.resolve(site) for site in dict.fromkeys(bound.site for bound in rules)}
+    for bound in rules:
+        _check_fit(loaded[bound.rule.sae], places[bound.site], engine)
+    _check_nesting(model, rules, loaded)
+    editors = {site: Editor(site, rules, loaded, device=place.device, kernel=kernel) for site, place in places.items()}
+    run = Run(
+        plans, rules, editors, loaded, every_row=every_row, prompt_tokens=_prompt_tokens(prompt_tokens),
+        special_ids=_special_ids(special_ids, tokenizer, engine, loaded),
+    )  # fmt: skip
+    session = join(engine, run, places)
+    try:
+        yield run
+    finally:
+        leave(session, run)
+    if rules and not run.calls:
+        raise PlanNeverRan(
+            f"a plan of {len(rules)} rules",
+            "the block ended and the model was not called inside it",
+            "Call the model inside the block; a compiled or wrapped copy made before it does not count.",
+        )
+
+
+def _load(plans: Sequence[Plan | None], saes: SAE | Iterable[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
+    if isinstance(saes, Mapping):
+        given = dict(saes)
+    else:
+        given = {sae.name: sae for sae in ([saes] if isinstance(saes, SAE) else saes)}
+    wanted = dict.fromkeys(rule.sae for plan in plans if plan is not None for rule in plan.rules)
+    return {name: given[name] if name in given else load_sae(name) for name in wanted}
+
+
+def _check_fit(sae: SAE, place: Place, engine: Engine) -> None:
+    if sae.d_in != place.width:
+        raise WidthMismatch(
+            f"SAE {sae.name} at {place.site}",
+            f"it reads vectors of width {sae.d_in}, and {place.site} carries width {place.width}",
+            "Was this SAE trained on another model or another stream?",
+        )
+    names = [_short(name) for name in engine.model_names()]
+    if sae.model and names and _short(sae.model) not in names:
+        raise WrongModel(
+            f"SAE {sae.name} at {place.site} of {', '.join(engine.model_names())}",
+            f"its manifest says that it was trained on {sae.model}",
+            "Use the model it was trained on; to try it on a relative, load it and set model=None with "
+            "dataclasses.replace.",
+        )
+
+
+def _short(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _check_nesting(model: nn.Module, rules: Sequence[BoundRule], saes: Mapping[str, SAE]) -> None:
+    for outer in participants(model):
+        for theirs in outer.rules if isinstance(outer, Run) else ():
+            for ours in rules:
+                same_rows = theirs.plans is None or ours.plans is None or theirs.plans & ours.plans
+                same_sae = outer.saes[theirs.rule.sae].key == saes[ours.rule.sae].key
+                shared = set(theirs.rule.latents) & set(ours.rule.latents)
+                if same_rows and same_sae and shared and theirs.site == ours.site:
+                    raise OverlappingRules(
+                        f"latents {sorted(shared)} of {ours.rule.sae} set in two nested blocks",
+                        f"the outer block has {theirs.rule.op}, the inner one {ours.rule.op}",
+                        "Put both into one plan and give the rules priorities, or end the outer block.",
+                    )
+
+
+def _prompt_tokens(given: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
+    numbers = () if given is None else (given,) if isinstance(given, int) else tuple(given)
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        raise BadRule(f"prompt_tokens={given!r}", "that is not a count of tokens", "Give one int, or one per row.")
+    return given if given is None or isinstance(given, int) else numbers
+
+
+def _special_ids(given: Iterable[int] | None, tokenizer: Any, engine: Engine, saes: Mapping[str, SAE]) -> set[int]:
+    if given is not None:
+        return set(given)
+    if tokenizer is not None:
+        return set(tokenizer.all_special_ids)
+    found = set(engine.special_ids())
+    for sae in saes.values():
+        found |= set(sae.manifest.get("special_ids", ()))
+    return found
