@@ -3,7 +3,6 @@
 import contextvars
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -51,7 +50,12 @@ class Tape:
 
     def bind(self, function: Callable[P, T]) -> Callable[P, T]:
         """``function`` for another thread: there it counts as called inside this block."""
-        return partial(contextvars.copy_context().run, function)  # type: ignore[return-value]
+        context = contextvars.copy_context()
+
+        def bound(*args: P.args, **kwargs: P.kwargs) -> T:
+            return context.copy().run(function, *args, **kwargs)  # a copy: several threads may be in here at once
+
+        return bound
 
     def cover(self, rows: int, request: Request | None) -> Bool[Tensor, "batch rules"]:
         """Every row, no rule."""

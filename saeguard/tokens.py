@@ -39,7 +39,7 @@ class Where:
             number = getattr(self, name)
             if number is None and name != "start":
                 continue
-            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**63:
                 raise BadRule(
                     f"{name}={number!r}", "that is not a count of tokens", "Positions are integers from 0 upwards."
                 )

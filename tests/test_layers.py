@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,10 +15,13 @@ PACKAGE = ROOT / "saeguard"
 
 LAYERS = [
     {"errors", "axes"},
-    {"sites", "tokens", "sae", "ops", "gates"},
-    {"plans", "loaders", "kernels"},
+    {"sites", "tokens", "ops"},
+    {"sae", "gates"},
+    {"plans", "loaders"},
+    {"kernels", "latents", "cards"},
     {"editor"},
-    {"engines"},
+    {"ledger"},
+    {"engines", "reports"},
     {"steering", "capturing"},
     {"scoring", "guarding", "training", "evaluating", "drawing"},
     {"models", "cli", "demo", "serving"},
@@ -31,8 +35,9 @@ ANYTHING = {
     "__main__",
 }  # the doors: they may open every room
 
-# Rows 0 and 1 have to be readable without knowing a framework.
-PURE = {name: {"torch", "jaxtyping"} for name in LAYERS[0] | LAYERS[1]} | {"errors": set()}
+# The bottom of the package has to be readable without knowing a framework.
+PURE = {name: {"torch", "jaxtyping"} for name in ("axes", "sites", "tokens", "sae", "ops", "gates")}
+PURE["errors"] = set()
 # Extras: one adapter each, so that nobody needs what they do not use.
 HOMES = {
     "transformer_lens": {"engines/lens.py"},
@@ -91,7 +96,7 @@ def strangers(package: Path) -> Iterator[str]:
         for top in sorted({imported.split(".")[0] for imported in imports(path)} - {"", "saeguard"}):
             known = top in sys.stdlib_module_names
             if not known and here in PURE and top not in PURE[here]:
-                yield f"{name} imports {top}; row {RANK[here]} may import {sorted(PURE[here])}"
+                yield f"{name} imports {top} and may import only {sorted(PURE[here])}"
             if top in HOMES and name not in HOMES[top]:
                 yield f"{name} imports {top}, which belongs in {sorted(HOMES[top])}"
 
@@ -125,24 +130,27 @@ def test_frameworks_are_imported_where_they_belong():
 @pytest.mark.parametrize(
     ("name", "source", "message"),
     [
-        ("sae.py", "from saeguard.editor import build", "sae.py (row 1) imports saeguard.editor (row 3)"),
-        ("sae.py", "from saeguard import ops", "sae.py (row 1) imports saeguard.ops (row 1)"),
-        ("sae.py", "def f():\n    import saeguard.plans", "sae.py (row 1) imports saeguard.plans (row 2)"),
-        ("editor.py", "from saeguard import steer", "editor.py (row 3) imports from saeguard itself"),
-        ("editor.py", "import saeguard", "editor.py (row 3) imports from saeguard itself"),
+        ("sae.py", "from saeguard.editor import build", "sae.py imports saeguard.editor"),
+        ("sae.py", "from saeguard import plans", "sae.py imports saeguard.plans"),
+        ("sae.py", "def f():\n    import saeguard.editor", "sae.py imports saeguard.editor"),
+        ("steering.py", "import saeguard.capturing", "steering.py imports saeguard.capturing"),
+        (
+            "guarding/audit.py",
+            "from saeguard.scoring.a import b",
+            "guarding/audit.py imports saeguard.scoring",
+        ),
+        ("models.py", "import saeguard.cli", "models.py imports saeguard.cli"),
+        ("editor.py", "from saeguard import steer", "editor.py imports from saeguard itself"),
+        ("editor.py", "import saeguard", "editor.py imports from saeguard itself"),
         ("sae.py", "from .axes import Acts", "sae.py has a relative import"),
         ("sae.py", "from . import axes", "sae.py has a relative import"),
         ("utils.py", "", "utils.py is in no row of LAYERS"),
-        ("models.py", "import saeguard.cli", "models.py (row 7) imports saeguard.cli (row 7)"),
-        (
-            "guarding/audit.py",
-            "from saeguard.scoring.select import top",
-            "guarding/audit.py (row 6) imports saeguard.scoring (row 6)",
-        ),
     ],
 )
 def test_import_from_below_or_beside_is_named(package, name, source, message):
-    assert list(violations(package({name: source}))) == [message]
+    found = [re.sub(r" \(row \d+\)", "", line) for line in violations(package({name: source}))]
+
+    assert found == [message]
 
 
 def test_imports_from_above_within_a_folder_and_at_the_doors_pass(package):
@@ -166,8 +174,8 @@ def test_framework_away_from_home_is_named(package):
 
     assert list(strangers(package(sources))) == [
         "engines/hf.py imports nnsight, which belongs in ['engines/nnsight.py']",
-        "errors.py imports torch; row 0 may import []",
-        "sae.py imports transformers; row 1 may import ['jaxtyping', 'torch']",
+        "errors.py imports torch and may import only []",
+        "sae.py imports transformers and may import only ['jaxtyping', 'torch']",
     ]
 
 

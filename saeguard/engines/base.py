@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,21 +30,24 @@ class Place:
         """
         if self.side == "output":
 
-            @torch.compiler.disable
             def on_output(module: nn.Module, args: Any, output: Any) -> Any:
                 if isinstance(output, tuple):
                     return (change(_tensor(output[0], self)), *output[1:])
                 return change(_tensor(output, self))
 
-            return self.module.register_forward_hook(on_output)
+            return self.module.register_forward_hook(outside_graphs(on_output))
 
-        @torch.compiler.disable
         def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
                 return (change(_tensor(args[0], self)), *args[1:]), kwargs
             return args, kwargs | {"hidden_states": change(_tensor(kwargs.get("hidden_states"), self))}
 
-        return self.module.register_forward_pre_hook(on_input, with_kwargs=True)
+        return self.module.register_forward_pre_hook(outside_graphs(on_input), with_kwargs=True)
+
+
+def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook``, kept out of torch.compile graphs."""
+    return torch.compiler.disable(hook)  # type: ignore[return-value]
 
 
 def _tensor(value: Any, place: Place) -> Tensor:
@@ -84,6 +87,7 @@ class Pass:
     device: torch.device
 
 
+@runtime_checkable
 class Engine(Protocol):
     """The adapter to one framework, bound to one model."""
 
@@ -96,6 +100,10 @@ class Engine(Protocol):
 
     def model_names(self) -> tuple[str, ...]:
         """Names under which the model may stand in an SAE's manifest; empty when it has none."""
+        ...
+
+    def model_shape(self) -> dict[str, Any]:
+        """The model's type, width, depth and vocabulary, as an SAE's manifest may name them."""
         ...
 
     def special_ids(self) -> frozenset[int]:

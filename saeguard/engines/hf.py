@@ -1,6 +1,8 @@
 """The Hugging Face engine: transformers models as they come out of ``from_pretrained``."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from saeguard.engines.base import Pass, Place, Request
 from saeguard.engines.layouts import LAYOUTS, Layout
+from saeguard.engines.traced import is_traced
 from saeguard.errors import CompiledModel, MetaDevice, SiteNotFound, TokensUnknown, UnsupportedMode, UnsupportedModel
 from saeguard.sites import Site
 
@@ -51,12 +54,22 @@ class HuggingFace:
                 "this architecture's table has no such stream",
                 f"It has {', '.join(dict.fromkeys(known))}; pass layout=Layout(...) to name another module.",
             )
+        self._check_untraced(site, module)
         path = f"{blocks_path}.{site.layer}" + (f".{where[0]}" if where[0] else "")
         return Place(site, module, path, where[1], self._width(site, module), self._device(blocks[site.layer]))
 
     def model_names(self) -> tuple[str, ...]:
-        name = getattr(self._config, "_name_or_path", "") or getattr(self.model, "name_or_path", "")
-        return (name,) if name else ()
+        name = getattr(self.model, "name_or_path", "") or getattr(self._config, "_name_or_path", "")
+        if not name or not Path(name).is_dir():
+            return (name,) if name else ()
+        try:  # a folder's own name says nothing, unless `saeguard.models` wrote down what is in it
+            return (str(json.loads((Path(name) / "saeguard-model.json").read_text())["name"]),)
+        except (OSError, ValueError, KeyError):
+            return ()
+
+    def model_shape(self) -> dict[str, Any]:
+        names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+        return {name: getattr(self._config, name) for name in names if hasattr(self._config, name)}
 
     def special_ids(self) -> frozenset[int]:
         found: set[int] = set()
@@ -115,34 +128,35 @@ class HuggingFace:
         ids = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
         if ids is None:
             return None
-        prompt = 0 if kwargs.get("inputs_embeds") is not None and kwargs.get("input_ids") is None else None
-        skipped = request.prompt_columns if prompt is None else prompt
-        offset = request.prompt_columns - skipped
-        stops = torch.tensor(sorted(self._stop_ids(kwargs)), device=ids.device, dtype=ids.dtype)
-        generated = ids[:, skipped:]
-        over = (generated[..., None] == stops).any(-1).cumsum(1) > 0
-        ends = skipped + offset + (~over).sum(1)
-        ends = torch.where(over.any(1), ends, ends - 1).cpu()
+        holds_prompt = kwargs.get("inputs_embeds") is None or kwargs.get("input_ids") is not None
+        generated = ids[:, request.prompt_columns :] if holds_prompt else ids
+        ended = self._is_one_of(generated, "eos_token_id", kwargs)
+        padding = self._is_one_of(generated, "pad_token_id", kwargs).long()
+        filled = ended | padding.flip(1).cumprod(1).flip(1).bool()  # in the middle the padding token is a word like any
+        before = (filled.cumsum(1) == 0).sum(1)  # tokens before the first end or filler
+        saw_end = (ended & (filled.cumsum(1) == 1)).any(1)
+        # Whether the end token was fed back depends on the other rows, so it never counts; without one, the last
+        # token of the row was sampled and not fed back.
+        ends = (request.prompt_columns + before - (~saw_end).long()).cpu()
         if request.reorders:
             kept = ids.shape[0] // request.rows
             return ends.view(request.rows, kept).amax(1).repeat_interleave(request.copies)
         return ends
 
+    def _is_one_of(self, ids: Tensor, name: str, kwargs: Mapping[str, Any]) -> Tensor:
+        value = self._option(name, kwargs.get("generation_config"), kwargs)
+        wanted = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        return torch.isin(ids, torch.tensor(list(wanted), dtype=ids.dtype, device=ids.device))
+
     def _refuse_modes(self, config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> None:
         for name in _FOREIGN_PASSES:
-            if self._option(name, config, kwargs) not in (None, False, 1, 1.0):
+            value = self._option(name, config, kwargs)
+            if value is not None and value is not False and not (name == "guidance_scale" and value == 1):
                 raise UnsupportedMode(
                     f"generate with {name}",
                     "it makes forward passes whose rows or layers are not those of the request",
                     f"Generate without {name}.",
                 )
-
-    def _stop_ids(self, kwargs: Mapping[str, Any]) -> set[int]:
-        found: set[int] = set()
-        for name in ("eos_token_id", "pad_token_id"):
-            value = self._option(name, kwargs.get("generation_config"), kwargs)
-            found |= set(value) if isinstance(value, list | tuple) else {value} if value is not None else set()
-        return found
 
     def _option(self, name: str, config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> Any:
         if kwargs.get(name) is not None:
@@ -150,6 +164,16 @@ class HuggingFace:
         if (value := getattr(config, name, None)) is not None:
             return value
         return getattr(getattr(self.model, "generation_config", None), name, None)
+
+    def _check_untraced(self, site: Site, module: nn.Module) -> None:
+        kind, compiled = type(module).__name__, getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or is_traced(module):
+            raise CompiledModel(
+                f"steering {type(self.model).__name__} at {site}",
+                f"a {kind} was compiled by itself" if compiled else f"torch.compile holds a graph that calls a {kind}",
+                "Such a graph skips hooks that came later. Enter steer before the first call of anything compiled, or "
+                "call torch._dynamo.reset() first.",
+            )
 
     def _width(self, site: Site, module: nn.Module) -> int:
         if site.stream == "attn_z":

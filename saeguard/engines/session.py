@@ -6,12 +6,14 @@ opened by the first block and closed by the last; what a pass needs to know is k
 """
 
 import contextvars
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import MethodType
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from saeguard.axes import Stream
 from saeguard.editor import Edit, Editor
-from saeguard.engines.base import Engine, Pass, Place, Request
+from saeguard.engines.base import Engine, Pass, Place, Request, outside_graphs
 from saeguard.errors import GuardNotApplied, ModelBusy, TokensUnknown, UnstableEdit
 from saeguard.ledger import CallRecord
 from saeguard.sites import Site
@@ -28,6 +30,7 @@ from saeguard.tokens import TokenBatch, is_special, read_mask
 _INSIDE: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("saeguard_sessions", default=frozenset())
 _OPEN: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,7 @@ class View:
     record: CallRecord
 
 
+@runtime_checkable
 class Participant(Protocol):
     """A block that is open on a model: it edits at some sites, looks at some, or both."""
 
@@ -67,6 +71,8 @@ class Call:
     request: Request | None
     records: dict[Participant, CallRecord] = field(default_factory=dict)
     cache: Any = None
+    reached: int | None = None
+    """The column after the last one that was passed."""
 
     def continues(self, cache: Any, column: int) -> bool:
         """Whether a pass with ``cache`` belongs to this call: an empty cache starts another one."""
@@ -90,6 +96,7 @@ class Session:
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self.number = next(_NUMBERS)
         self.participants: list[Participant] = []
         self.places: dict[Site, Place] = {}
         self._handles: dict[Site, Any] = {}
@@ -105,8 +112,8 @@ class Session:
         """Place the hooks that are missing, all or none."""
         with ExitStack() as undo:
             if not self.participants:
-                undo.callback(self._root.close)
                 self._root = ExitStack()
+                undo.callback(self._root.close)
                 self._watch_root()
             for site, place in places.items():
                 if site not in self._handles:
@@ -115,7 +122,7 @@ class Session:
                     self.places[site] = place
             undo.pop_all()
         self.participants.append(participant)
-        _INSIDE.set(_INSIDE.get() | {id(self)})
+        _INSIDE.set(_INSIDE.get() | {self.number})
 
     def remove(self, participant: Participant) -> None:
         """Remove exactly the hooks that nobody else needs."""
@@ -125,7 +132,7 @@ class Session:
         if not self.participants:
             self._root.close()
             self._local = threading.local()
-            _INSIDE.set(_INSIDE.get() - {id(self)})
+            _INSIDE.set(_INSIDE.get() - {self.number})
 
     def _detach(self, site: Site) -> None:
         self._handles.pop(site).remove()
@@ -133,40 +140,59 @@ class Session:
 
     def _watch_root(self) -> None:
         model = self.engine.model
-        before = model.register_forward_pre_hook(torch.compiler.disable(self._before), with_kwargs=True)
+        before = model.register_forward_pre_hook(outside_graphs(self._before), with_kwargs=True)
         self._root.callback(before.remove)
-        after = model.register_forward_hook(torch.compiler.disable(self._after), always_call=True)
+        after = model.register_forward_hook(outside_graphs(self._after), always_call=True)
         self._root.callback(after.remove)
-        if callable(getattr(model, "generate", None)):
-            self._root.callback(_restore, model, model.__dict__.get("generate"))
-            model.__dict__["generate"] = self._watched(model.generate)
+        generate: Any = getattr(model, "generate", None)
+        if callable(generate):
+            watched = _Generate(model, self._watched(generate))
+            self._root.callback(_restore, model, watched, model.__dict__.get("generate"))
+            model.__dict__["generate"] = watched
 
     def _watched(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """``generate`` with its request read before the first pass."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if not self.participants:  # somebody kept ``model.generate`` from inside the block
+                return generate(*args, **kwargs)
             self._check_caller()
-            call = Call(self.engine.read_request(args, kwargs))
+            request = self.engine.read_request(args, kwargs)
+            call = Call(request)
             outer, self._local.call = getattr(self._local, "call", None), call
             try:
                 output = generate(*args, **kwargs)
             finally:
                 self._local.call, self._local.forward = outer, None
-            if call.request is not None:
-                ends = self.engine.read_ends(output, call.request, kwargs)
-                for record in call.records.values():
-                    record.ends = ends
+            self._check_ran(call)
+            ends = self.engine.read_ends(output, request, kwargs)
+            if ends is not None and (call.reached or 0) < int(ends.max()):
+                raise _unseen(call, int(ends.max()))
+            for record in call.records.values():
+                record.ends = ends
             return output
 
         return watched
+
+    def _check_ran(self, call: Call) -> None:
+        if self.participants and not call.records:
+            raise GuardNotApplied(
+                "edits in a generate call",
+                "it returned and no forward pass had gone through saeguard's hooks",
+                "Somebody removed them, or a compiled copy of the model ran: its output must not be used.",
+            )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.participants:
             return
         self._check_caller()
+        self._check_original(module)
         self._local.forward = None
         seen = self.engine.read_pass(args, kwargs)
         call = self._call_for(seen)
+        if call.reached is not None and seen.column > call.reached:
+            raise _unseen(call, seen.column)
+        call.reached = seen.column + seen.width
         views = {}
         for participant in self.participants:
             if participant not in call.records:
@@ -174,6 +200,14 @@ class Session:
             covers = participant.cover(seen.rows, call.request).to(seen.device)
             views[participant] = View(_tokens(seen, participant, call.request), covers, call.records[participant])
         self._local.forward = Forward(call, views, seen.rows, seen.width)
+
+    def _check_original(self, module: nn.Module) -> None:
+        if module is not self.engine.model:
+            raise GuardNotApplied(
+                f"a call of a copy of {type(module).__name__}",
+                "the copy was made inside a block on the original, and shares its hooks",
+                "Copy the model before entering, or call the copy after the block has ended.",
+            )
 
     def _call_for(self, seen: Pass) -> Call:
         if (call := getattr(self._local, "call", None)) is not None:
@@ -195,8 +229,9 @@ class Session:
                     edit = edits[participant] = participant.editors[site](x, view.tokens, view.covers)
                     dx = edit.dx if dx is None else dx + edit.dx
                     changed = edit.changed if changed is None else changed | edit.changed
-            after = x if dx is None else torch.where(changed[..., None], (x + dx).to(x.dtype), x)
-            if changed is not None:
+            after = x
+            if dx is not None and changed is not None:
+                after = torch.where(changed[..., None], (x + dx).to(x.dtype), x)
                 forward.unstable.append((changed & ~torch.isfinite(after).all(-1)).any())
             for participant in self.participants:
                 if site in participant.sites:
@@ -208,6 +243,8 @@ class Session:
 
     def _forward_at(self, site: Site, x: Stream) -> Forward:
         forward = getattr(self._local, "forward", None)
+        if forward is None:
+            self._check_caller()
         if forward is None or site in forward.ran or x.shape[:2] != (forward.rows, forward.width):
             raise GuardNotApplied(
                 f"an edit at {site}",
@@ -237,7 +274,7 @@ class Session:
         forward.call.cache = None if cache is None else weakref.ref(cache)
 
     def _check_caller(self) -> None:
-        if self.participants and id(self) not in _INSIDE.get():
+        if self.participants and self.number not in _INSIDE.get():
             raise ModelBusy(
                 f"a call of {type(self.engine.model).__name__} from another thread or task",
                 "a steer or capture block is open on it elsewhere, and this caller is not inside it",
@@ -249,7 +286,7 @@ def join(engine: Engine, participant: Participant, places: dict[Site, Place]) ->
     """Open a session on the engine's model, or join the one that is open. Raises `ModelBusy`."""
     with _LOCK:
         session = _OPEN.get(engine.model)
-        if session is not None and id(session) not in _INSIDE.get():
+        if session is not None and session.number not in _INSIDE.get():
             raise ModelBusy(
                 f"steering {type(engine.model).__name__}",
                 "another thread or task has a steer or capture block open on it",
@@ -275,10 +312,34 @@ def participants(model: nn.Module) -> Sequence[Participant]:
     return () if session is None else tuple(session.participants)
 
 
-def _restore(model: nn.Module, generate: Any) -> None:
+class _Generate:
+    """What stands for ``model.generate`` inside a block; a copy of the model made there gets its own method back."""
+
+    def __init__(self, model: nn.Module, watched: Callable[..., Any]):
+        self._model, self._watched = model, watched
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._watched(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        kind: Any = type(self._model)
+        return MethodType(kind.generate, memo.get(id(self._model), self._model))
+
+
+def _restore(model: nn.Module, watched: Any, before: Any) -> None:
+    if model.__dict__.get("generate") is not watched:  # somebody else's by now: theirs stays, ours inside it is inert
+        return
     del model.__dict__["generate"]
-    if generate is not None:
-        model.__dict__["generate"] = generate
+    if before is not None:
+        model.__dict__["generate"] = before
+
+
+def _unseen(call: Call, column: int) -> GuardNotApplied:
+    return GuardNotApplied(
+        f"edits up to column {column}",
+        f"only the passes up to column {call.reached} went through saeguard's hooks",
+        "The block ended before the call did, or a compiled copy of the model ran: its output must not be used.",
+    )
 
 
 def _tokens(seen: Pass, participant: Participant, request: Request | None) -> TokenBatch:

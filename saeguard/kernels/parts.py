@@ -17,6 +17,9 @@ from saeguard.ops import Amount
 from saeguard.plans import Rule
 from saeguard.sae import SAE
 
+TINY = torch.finfo(torch.float32).tiny
+"""Stands for the norm of a zero vector, so that no bound at infinity is multiplied by zero."""
+
 
 @dataclass(frozen=True, eq=False)
 class Part:

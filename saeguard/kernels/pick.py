@@ -1,6 +1,6 @@
 """Which kernel runs, decided once when an editor is built."""
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from saeguard.kernels.parts import Part
 KernelName = Literal["sliced", "reference"]
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """A function from x, a part and the selected tokens to the change of x and of each column's activation."""
 

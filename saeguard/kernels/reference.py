@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 
 from saeguard.axes import Fired, Stream
-from saeguard.kernels.parts import Part
+from saeguard.kernels.parts import TINY, Part
 
 
 def edit(x: Stream, part: Part, selected: Fired) -> tuple[Stream, Float[torch.Tensor, "batch pos k"]]:
@@ -42,9 +42,10 @@ def _encode(x: torch.Tensor, part: Part) -> torch.Tensor:
         for latent in sorted(range(len(pre)), key=lambda i: -float(pre[i]))[: sae.top_k]:
             f[latent] = max(float(pre[latent]), 0.0)
     elif sae.threshold is not None:
-        f = torch.stack([p if p > t else p * 0 for p, t in zip(pre, sae.threshold.double(), strict=True)])
+        limits = sae.threshold.double().tolist()
+        f = pre.new_tensor([0.0 if p <= t else p for p, t in zip(pre.tolist(), limits, strict=True)])
     else:
-        f = torch.stack([p if p > 0 else p * 0 for p in pre])
+        f = pre.new_tensor([0.0 if p <= 0 else p for p in pre.tolist()])
     return f if part.picks is None else f[part.picks]
 
 
@@ -53,7 +54,7 @@ def _change(x: torch.Tensor, f: torch.Tensor, part: Part, column: int) -> torch.
         return f * 0
     unit = 1.0
     if part.by_norm is not None and part.by_norm[column]:
-        unit = float(torch.linalg.vector_norm(x))
+        unit = max(float(torch.linalg.vector_norm(x)), TINY)
     scale, shift, lo, hi = (float(t[column]) for t in (part.scale, part.shift, part.lo, part.hi))
     if (scale, lo, hi) == (1.0, -float("inf"), float("inf")):
         return torch.tensor(shift * unit, dtype=torch.float64)

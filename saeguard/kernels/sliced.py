@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 
 from saeguard.axes import Fired, Stream
-from saeguard.kernels.parts import Part
+from saeguard.kernels.parts import TINY, Part
 
 
 def edit(x: Stream, part: Part, selected: Fired) -> tuple[Stream, Float[torch.Tensor, "batch pos k"]]:
@@ -31,7 +31,8 @@ def edit(x: Stream, part: Part, selected: Fired) -> tuple[Stream, Float[torch.Te
 def _change(x: Stream, f: torch.Tensor | None, part: Part) -> torch.Tensor:
     shift, lo, hi = part.shift, part.lo, part.hi
     if part.by_norm is not None:
-        unit = torch.where(part.by_norm, torch.linalg.vector_norm(x, dim=-1, keepdim=True), 1.0)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(TINY)
+        unit = torch.where(part.by_norm, norm, 1.0)
         shift, lo, hi = shift * unit, lo * unit, hi * unit
     if f is None:
         return shift

@@ -1,13 +1,14 @@
 """One file per checkpoint family, each turning files into an `SAE`."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from saeguard.errors import UnsupportedFormat
 from saeguard.loaders import native
 from saeguard.sae import SAE
 
 
+@runtime_checkable
 class Loader(Protocol):
     """What a family's module offers."""
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import BFloat16, Bool, Float, Int
+from jaxtyping import BFloat16, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from saeguard.errors import TrainError
+from saeguard.engines.layouts import LAYOUTS
+from saeguard.errors import TrainError, UnsupportedModel
 from saeguard.sites import Site
 from saeguard.training.corpus import Chunks
 
@@ -29,6 +30,7 @@ logger = logging.getLogger("saeguard.training")
 
 SCHEMA = 1
 ROWS_PER_SHARD = 512
+SAMPLE_SHARDS = 4
 
 Progress = Callable[[int, int], None]
 """Called with tokens done and tokens in all."""
@@ -187,25 +189,25 @@ class Reader:
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of transformer blocks. Raises `TrainError` when the model has none where such models keep it."""
-    for path in ("model.layers", "transformer.h", "gpt_neox.layers", "model.language_model.layers", "layers"):
-        found: Any = model
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if isinstance(found, nn.ModuleList):
-            return found
-    raise TrainError(
-        f"the blocks of a {type(model).__name__}",
-        "none of model.layers, transformer.h and gpt_neox.layers is there",
-        "Give a causal language model of transformers.",
-    )
+    """The list of transformer blocks. Raises `UnsupportedModel` for an architecture without a layout."""
+    layout = LAYOUTS.get(str(getattr(getattr(model, "config", None), "model_type", None)))
+    if layout is None:
+        raise UnsupportedModel(
+            f"the blocks of a {type(model).__name__}",
+            "its architecture has no layout",
+            f"Training reads {', '.join(sorted(LAYOUTS))}.",
+        )
+    blocks = model.get_submodule(layout.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
 
 
 class Batches:
     """Batches of one site in an order that is a function of the seed and the step alone, so a resumed run repeats it.
 
-    Chunks lie on disk in a random order over documents and files; each epoch visits the shards in a new order and
-    shuffles the tokens of each shard. Tokens that do not fill a batch at a shard's end sit this epoch out.
+    Chunks lie on disk in a random order over documents and files. The first epoch visits the shards in that order,
+    later ones in new orders, and every epoch shuffles the tokens of each shard anew. Tokens that do not fill a batch
+    at a shard's end sit this epoch out.
     """
 
     def __init__(self, store: ActivationStore, site: Site, *, batch: int, seed: int):
@@ -215,7 +217,7 @@ class Batches:
         if not self.steps_per_epoch:
             raise TrainError(
                 f"batches of {batch} tokens",
-                f"the corpus has {store.chunks.n_tokens} tokens in {store.n_shards} shards, less than one batch in each",
+                f"the corpus has {store.chunks.n_tokens} tokens in {store.n_shards} shards, no batch in any",
                 "Give more text or a smaller batch.",
             )
 
@@ -226,17 +228,19 @@ class Batches:
     def at(self, step: int) -> BFloat16[Tensor, "batch d_in"]:
         """The batch of one step, counted from 0 over all epochs."""
         epoch, rest = divmod(step, self.steps_per_epoch)
-        for shard in torch.randperm(len(self._per_shard), generator=_generator(self.seed, epoch)).tolist():
+        shards = torch.randperm(len(self._per_shard), generator=_generator(self.seed, epoch)).tolist()
+        for shard in shards if epoch else sorted(shards):
             if rest < self._per_shard[shard]:
                 return self._shuffled(epoch, shard)[rest * self.batch : (rest + 1) * self.batch]
             rest -= self._per_shard[shard]
         raise AssertionError("a step lies in one of the shards")
 
     def sample(self, n: int) -> Float[Tensor, "tokens d_in"]:
-        """About ``n`` tokens drawn evenly from the shards, the same on every call."""
-        each = -(-n // self.store.n_shards)
+        """About ``n`` tokens of the first shards, the same on every call; any shard is a fair sample of the text."""
+        n_shards = min(SAMPLE_SHARDS, self.store.n_shards)
+        each = -(-n // n_shards)
         parts = []
-        for shard in range(self.store.n_shards):
+        for shard in range(n_shards):
             x = self.store.read(shard, self.site)
             parts.append(x[torch.randperm(len(x), generator=_generator(self.seed, -1, shard))[:each]].float())
         return torch.cat(parts)

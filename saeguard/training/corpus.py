@@ -161,9 +161,7 @@ def _even_shares(per_file: list[list[list[int]]], n_tokens: int | None) -> list[
     return taken
 
 
-def _pad(
-    rows: list[list[int]], tokenizer: Any, context: int, files: tuple[CorpusFile, ...], seed: int
-) -> Chunks:
+def _pad(rows: list[list[int]], tokenizer: Any, context: int, files: tuple[CorpusFile, ...], seed: int) -> Chunks:
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.bos_token_id
     ids = np.full((len(rows), context), filler, dtype=np.int64)
     real = np.zeros((len(rows), context), dtype=bool)

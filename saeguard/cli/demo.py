@@ -1,0 +1,64 @@
+"""``saeguard demo``: four rows in one batch, four plans, every promise checked, a page and a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.markup import escape
+
+from saeguard.cli.console import Json, err, out, progress, report_table, write_json
+
+
+def demo(
+    folder: Path = typer.Option(Path("out/demo"), "--out", help="Where report.json, demo.html and demo.png go."),
+    tokens: int = typer.Option(40, "--tokens", min=2, max=400, help="Tokens to generate per row."),
+    picture: bool = typer.Option(True, help="Draw the PNG, which needs matplotlib."),
+    as_json: bool = Json,
+) -> None:
+    """Steer a real model, one plan per row, and check every promise while at it.
+
+    The model (SmolLM2-135M-Instruct, Apache-2.0) is fetched once and kept. Exit status 1 when a check does not hold.
+    """
+    with progress("starting") as tick:
+        from saeguard.demo import run_demo
+
+        result = run_demo(folder, max_new_tokens=tokens, picture=picture, tick=tick)
+    if as_json:
+        write_json(result.scene.to_json())
+    else:
+        _show(result)
+    if not result.holds:
+        err().print("[bold red]A check does not hold: see above. Please report it with report.json.[/]")
+        raise typer.Exit(1)
+
+
+def _show(result: Any) -> None:
+    console = out()
+    for number, line in enumerate(result.scene.lines, start=1):
+        console.rule(f"[bold]Row {number}: {escape(line.title)}", align="left", style="dim")
+        console.print(f"[dim]asked  [/] {escape(line.prompt)}")
+        for rule in line.rules or ("none",):
+            console.print(f"[dim]plan   [/] [blue]{escape(rule)}[/]")
+        console.print(f"[dim]plain  [/] {escape(line.plain_text)}")
+        edits = sum(token.edited for token in line.steered)
+        console.print(f"[dim]steered[/] [bold]{escape(line.steered_text)}[/]  [dim]({edits} tokens edited)[/]\n")
+    console.print(report_table(result.scene.report))
+    console.print("\n[bold]What was checked, just now, on this machine")
+    for proof in result.scene.proofs:
+        mark = "[green]holds[/]" if proof.holds else "[bold red]FAILS[/]"
+        console.print(f"  {mark}  {escape(proof.claim)}: [dim]{escape(proof.found)}[/]")
+    console.print(f"\nWrote {', '.join(str(path) for path in result.files)} in {result.seconds:.0f} s.")
+    console.print("[bold]Try next[/]")
+    for command, why in NEXT:
+        console.print(f"  [cyan]{escape(command)}[/]\n      {why}", soft_wrap=True)
+
+
+NEXT = (
+    ('saeguard latents search "ocean"', "find latents by what they fire on"),
+    ("saeguard latents show 1", "what one latent does"),
+    (
+        'saeguard steer --prompt "Tell me a story." --latents 1 --at-least 1.0 --unit max --page out/mine.html',
+        "push a latent of your own and look at the page",
+    ),
+    ("saeguard steer --help", "plans from files, one per row; clamp, scale, ablate"),
+)

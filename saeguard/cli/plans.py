@@ -1,0 +1,65 @@
+"""``saeguard plan``: read a plan file, say what it does, and give its canonical text and fingerprint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from saeguard.cli.console import Json, out, table, write_json
+
+
+def plan(
+    file: Path = typer.Argument(..., exists=True, dir_okay=False, help="A plan file, as Plan.save writes it."),
+    canonical: bool = typer.Option(False, "--canonical", help="Write the canonical text and nothing else."),
+    bind: bool = typer.Option(False, "--bind", help="Also load its SAEs and check latents, maxima and sites."),
+    as_json: bool = Json,
+) -> None:
+    """Check a plan file and show its rules, its canonical text's length and its fingerprint.
+
+    Two plans with one fingerprint do the same; names and the order of rules do not count. Exit status 2 when the file
+    is not a plan.
+    """
+    from saeguard.plans import Plan
+
+    found = Plan.load(file)
+    if bind:
+        _check(found)
+    if canonical:
+        typer.echo(found.to_json())
+    elif as_json:
+        write_json({"fingerprint": found.fingerprint(), "bound": bind, "plan": json.loads(found.to_json())})
+    else:
+        _show(found, bind)
+
+
+def _check(found: Any) -> None:
+    """Build the editors without a model. Raises what `steer` would raise for the SAEs."""
+    import torch
+
+    from saeguard.editor import Editor, bind
+    from saeguard.loaders import load_sae
+
+    saes = {rule.sae: load_sae(rule.sae) for rule in found.rules}
+    rules = bind([found], saes, every_row=True)
+    for site in dict.fromkeys(bound.site for bound in rules):
+        Editor(site, rules, saes, device=torch.device("cpu"))
+
+
+def _show(found: Any, bound: bool) -> None:
+    rows = [
+        (
+            rule.op,
+            f"{rule.sae} {list(rule.latents)}",
+            rule.site or "the SAE's",
+            rule.phase,
+            rule.trigger or "-",
+            "-" if rule.priority is None else rule.priority,
+        )
+        for rule in found.rules
+    ]
+    console = out()
+    console.print(table(found.name or "unnamed plan", ("op", "latents", "site", "tokens", "trigger", "priority"), rows))
+    checked = "rules and SAEs fit together" if bound else "a valid plan; --bind also checks its SAEs"
+    console.print(f"{checked}, {len(found.to_json())} bytes in canonical form")
+    console.print(f"fingerprint {found.fingerprint()}", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Show what steering did: a scene of plain and steered text, drawn as a page or as a picture."""

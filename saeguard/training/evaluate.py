@@ -1,0 +1,165 @@
+"""Measure an SAE on text it has not seen, in the form in which it will be used, with the model in float32.
+
+FVU           sum |x - x_hat|^2 / sum |x - mean|^2      over tokens that are neither special nor padding
+L0            latents active per such token
+CE recovered  (CE_zero - CE_spliced) / (CE_zero - CE)   x_hat, or zero, put in the place of x at such tokens
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saeguard.errors import TrainError
+from saeguard.sae import SAE
+from saeguard.training.activations import Reader, find_blocks
+from saeguard.training.corpus import Chunks
+
+MASSIVE = 4.0
+"""Times the median norm; a token beyond it is left out of ``fvu_typical``."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``fvu_typical`` leaves out massive tokens, whose variance is large and easy to explain; ``dead`` counts latents
+    that fired on none of ``n_tokens``; the CE numbers are nats per token over ``n_ce_tokens``.
+    """
+
+    n_tokens: int
+    fvu: float
+    fvu_typical: float
+    n_massive: int
+    l0: float
+    dead: int
+    n_ce_tokens: int
+    ce: float
+    ce_spliced: float
+    ce_zeroed: float
+    ce_recovered: float
+
+    def rounded(self) -> dict[str, Any]:
+        """As JSON numbers with five decimals."""
+        return {key: round(value, 5) if isinstance(value, float) else value for key, value in asdict(self).items()}
+
+
+def evaluate_sae(
+    sae: SAE,
+    model: nn.Module,
+    chunks: Chunks,
+    *,
+    batch_rows: int = 8,
+    n_ce_chunks: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure ``sae`` at its site; cross-entropy on the first ``n_ce_chunks`` chunks, the rest on all of them.
+
+    Raises `TrainError` when there is no text or the SAE names no site.
+    """
+    if sae.site is None or not len(chunks.ids):
+        raise TrainError(
+            f"an evaluation of {sae.name}",
+            "it names no site" if sae.site is None else "there is no text to measure on",
+            "Give an SAE with a site, and held-out text.",
+        )
+    n_ce = len(chunks.ids) if n_ce_chunks is None else min(n_ce_chunks, len(chunks.ids))
+    total = len(chunks.ids) + n_ce
+    tally = _Tally(sae)
+    with Reader(model, [sae.site], exact=True) as reader:
+        for start in range(0, len(chunks.ids), batch_rows):
+            rows = slice(start, start + batch_rows)
+            tally.add(reader.read(chunks.ids[rows])[sae.site][chunks.kept[rows]])
+            if progress is not None:
+                progress(min(start + batch_rows, len(chunks.ids)), total)
+    sums, n_ce_tokens = torch.zeros(3, dtype=torch.float64), 0
+    for start in range(0, n_ce, batch_rows):
+        rows = slice(start, min(start + batch_rows, n_ce))
+        ids, kept = chunks.ids[rows], chunks.kept[rows]
+        sums += torch.stack([_summed_ce(model, ids, kept, sae, how) for how in ("plain", "spliced", "zeroed")])
+        n_ce_tokens += int(kept[:, 1:].sum())
+        if progress is not None:
+            progress(len(chunks.ids) + min(start + batch_rows, n_ce), total)
+    ce, spliced, zeroed = (sums / max(n_ce_tokens, 1)).tolist()
+    recovered = (zeroed - spliced) / (zeroed - ce) if zeroed != ce else float("nan")
+    return Evaluation(**tally.result(), n_ce_tokens=n_ce_tokens, ce=ce, ce_spliced=spliced, ce_zeroed=zeroed,
+                      ce_recovered=recovered)  # fmt: skip
+
+
+def reconstruction(sae: SAE, x: Float[Tensor, "tokens d_in"]) -> dict[str, float | int]:
+    """FVU, L0 and the dead of an SAE on activations already at hand, under `Evaluation`'s names."""
+    tally = _Tally(sae)
+    for part in x.split(4096):
+        tally.add(part.float())
+    return tally.result()
+
+
+class _Tally:
+    """Running sums for FVU and L0, in float64, over all tokens and over those that are not massive."""
+
+    def __init__(self, sae: SAE):
+        self.sae = sae
+        self.counts, self.errors = torch.zeros(2), torch.zeros(2, dtype=torch.float64)
+        self.squares = torch.zeros(2, dtype=torch.float64)
+        self.totals = torch.zeros(2, sae.d_in, dtype=torch.float64)
+        self.active, self.fired = 0, torch.zeros(sae.d_sae, dtype=torch.bool)
+        self.limit: float | None = None
+
+    def add(self, x: Float[Tensor, "tokens d_in"]) -> None:
+        norms = x.norm(dim=-1)
+        self.limit = MASSIVE * float(norms.median()) if self.limit is None else self.limit
+        f = self.sae.encode(x)
+        error = (x - self.sae.decode(f)).double().square().sum(-1)
+        self.active += int((f > 0).sum())
+        self.fired |= (f > 0).any(0)
+        for i, mask in enumerate((torch.ones_like(norms, dtype=torch.bool), norms <= self.limit)):
+            self.counts[i] += mask.sum()
+            self.errors[i] += error[mask].sum()
+            self.squares[i] += x[mask].double().square().sum()
+            self.totals[i] += x[mask].double().sum(0)
+
+    def result(self) -> dict[str, Any]:
+        spread = self.squares - self.totals.square().sum(-1) / self.counts.clamp(min=1)
+        fvu, typical = (self.errors / spread).tolist()
+        n, n_typical = (int(count) for count in self.counts)
+        return {
+            "n_tokens": n,
+            "fvu": fvu,
+            "fvu_typical": typical,
+            "n_massive": n - n_typical,
+            "l0": self.active / max(n, 1),
+            "dead": int((~self.fired).sum()),
+        }
+
+
+@torch.no_grad()
+def _summed_ce(
+    model: nn.Module,
+    ids: Int[Tensor, "batch pos"],
+    kept: Bool[Tensor, "batch pos"],
+    sae: SAE,
+    how: str,
+) -> Float[Tensor, ""]:
+    """Summed loss of predicting the kept tokens, with x left alone, replaced by x_hat or zeroed where kept."""
+    site = sae.site
+    assert site is not None
+    with contextlib.ExitStack() as stack:
+        if how != "plain":
+            hook = _replacing(sae, kept, zero=how == "zeroed")
+            stack.callback(find_blocks(model)[site.layer].register_forward_hook(hook).remove)
+        logits = model(input_ids=ids, use_cache=False).logits
+    wanted = kept[:, 1:]
+    return F.cross_entropy(logits[:, :-1][wanted].float(), ids[:, 1:][wanted], reduction="sum").double()
+
+
+def _replacing(sae: SAE, kept: Bool[Tensor, "batch pos"], *, zero: bool) -> Callable[..., Any]:
+    def replace(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        x = output if isinstance(output, Tensor) else output[0]
+        new = x.clone()
+        new[kept] = 0.0 if zero else sae.decode(sae.encode(x[kept])).to(x.dtype)
+        return new if isinstance(output, Tensor) else (new, *output[1:])
+
+    return replace

@@ -1,0 +1,193 @@
+"""What the laws share: random rules, what a run edited, and whether a case lies too near an edge to be compared.
+
+Two ways to compute one activation differ in the last bits of float32. Where an activation lies within `MARGIN` of a
+number at which a rule changes its mind, the two may disagree in what they edit and both be right, so such a case is
+rejected; in all other cases the edited sets have to be the same.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from saeguard import SAE, Ablate, Add, AnyActive, AtLeast, AtMost, Clamp, Plan, Rule, Run, Scale, Site, capture, steer
+from saeguard.plans import check_overlaps
+
+MARGIN = 1e-4
+TOLERANCE = 1e-5
+STACK_SITE = Site("resid_post", 0)
+
+Edited = dict[Rule, tuple[tuple[tuple[int, ...], ...], ...]]
+
+
+def bits(x: Tensor) -> Tensor:
+    """``x`` as integers: the signs of zeros and the payloads of NaNs count."""
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to the largest number of ``b``."""
+    if not b.numel():
+        return 0.0
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
+
+
+def edited(run: Run) -> Edited:
+    """``[rule][call][row]``: the absolute positions that the rule edited."""
+    return {bound.rule: entry.edited_positions for bound, entry in zip(run.rules, run.report.rules, strict=True)}
+
+
+def edited_by_row(run: Run) -> list[dict[Rule, tuple[int, ...]]]:
+    """Per row of the run's only call, what each rule edited; rules that edited nothing are left out."""
+    found = edited(run)
+    rows = max((len(row) for (row,) in found.values()), default=0)
+    return [{rule: calls[0][row] for rule, calls in found.items() if calls[0][row]} for row in range(rows)]
+
+
+def near_edge(model: nn.Module, plan: Any, saes: Sequence[SAE], ids: Tensor, **call: Any) -> bool:
+    """Whether any activation that decides something lies within `MARGIN` of where the decision changes.
+
+    The streams are those of a full pass over ``ids`` under ``plan``; padding counts too, which only rejects more.
+    """
+    kwargs = {name: call.pop(name) for name in ("special_ids", "prompt_tokens") if name in call}
+    plans = [plan] if plan is None or isinstance(plan, Plan) else list(plan)
+    by_name = {sae.name: sae for sae in saes}
+    rules = {rule for plan in plans if plan is not None for rule in plan.rules}
+    sites = {rule.site or by_name[rule.sae].site for rule in rules}
+    if not sites:
+        return False
+    with steer(model, plan, saes=saes, **kwargs), capture(model, sites, side="before") as tape, torch.no_grad():
+        model(ids, **call)
+    return any(rule_near_edge(rule, by_name[rule.sae], tape[rule.site or by_name[rule.sae].site]) for rule in rules)
+
+
+def rule_near_edge(rule: Rule, sae: SAE, x: Tensor) -> bool:
+    """Whether ``rule`` hesitates anywhere in ``x``."""
+    latents = list(rule.latents)
+    watched = list(rule.trigger.latents) if rule.trigger else []
+    pre = x.float() @ sae.W_enc + sae.b_enc
+    f = sae.encode(x)
+    near = MARGIN * (1 + pre.abs())
+    if sae.ranks:
+        top = pre.topk(min((sae.top_k or 1) + 1, sae.d_sae), dim=-1).values
+        close = (top[..., :-1] - top[..., 1:])[..., -1:] < 2 * near if sae.d_sae > (sae.top_k or 1) else near < 0
+        close = close | (pre.abs() < near)
+    else:
+        close = (pre - (0.0 if sae.threshold is None else sae.threshold)).abs() < near
+    if close[..., latents + watched].any():
+        return True
+    if rule.trigger and ((f - rule.trigger.threshold).abs() < near)[..., watched].any() and rule.trigger.threshold:
+        return True
+    lowered = rule.op.lower()
+    if lowered.scale == 1.0 and lowered.lo == -torch.inf and lowered.hi == torch.inf:
+        return False
+    unit: Any = 1.0
+    if lowered.unit == "norm":
+        unit = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
+    elif lowered.unit == "max" and sae.maximum is not None:
+        unit = sae.maximum[latents]
+    for amount in (lowered.shift, lowered.lo, lowered.hi):
+        goal = torch.as_tensor(amount) * unit
+        if ((f[..., latents] - goal).abs() < near[..., latents]).logical_and(goal != 0).any():
+            return True
+    return False
+
+
+amounts = st.integers(-32, 32).map(lambda n: n / 4)
+units = st.sampled_from(("activation", "max", "norm"))
+
+
+@cache
+def ops(*, k: int, unit: st.SearchStrategy[str] = units, amount: st.SearchStrategy[float] = amounts) -> Any:
+    """Any op on ``k`` latents, with one amount for all or one for each."""
+    value = amount | st.lists(amount, min_size=k, max_size=k).map(tuple)
+    return st.one_of(
+        st.builds(Clamp, value, when=st.sampled_from(("always", "active")), unit=unit),
+        st.builds(Scale, value),
+        st.builds(Add, value, unit=unit),
+        st.builds(Ablate),
+        st.builds(AtLeast, value, unit=unit),
+        st.builds(AtMost, value, unit=unit),
+    )
+
+
+@st.composite
+def wheres(draw: Any, *, longest: int = 12, phases: Sequence[str] = ("all", "prompt", "generated")) -> dict[str, Any]:
+    """The arguments of a rule that say which tokens it is about."""
+    start = draw(st.just(0) | st.integers(0, longest))
+    return {
+        "phase": draw(st.sampled_from(phases)),
+        "first": draw(st.none() | st.integers(0, longest)),
+        "start": start,
+        "stop": draw(st.none() | st.integers(start, longest + 2)),
+        "special": draw(st.booleans()),
+    }
+
+
+@st.composite
+def rules(
+    draw: Any, sae: SAE, *, most: int = 5, where: st.SearchStrategy[dict[str, Any]] | None = None,
+    unit: st.SearchStrategy[str] = units, site: Site | None = None,
+) -> Rule:  # fmt: skip
+    """One rule on an SAE, with or without a trigger, a priority and a choice of tokens."""
+    latents = draw(_latents(sae.d_sae, most))
+    trigger = None
+    if draw(st.integers(0, 3)) == 0:
+        trigger = AnyActive(draw(_latents(sae.d_sae, 4)), draw(st.integers(-4, 40)) / 4)
+    return Rule(
+        sae.name, latents, draw(ops(k=len(latents), unit=unit)), site=site, trigger=trigger,
+        priority=draw(st.none() | st.integers(-3, 3)), **(draw(where) if where is not None else {}),
+    )  # fmt: skip
+
+
+@cache
+def _latents(d_sae: int, most: int) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.lists(st.integers(0, d_sae - 1), max_size=min(most, d_sae), unique=True).map(tuple)
+
+
+def compatible(found: Iterable[Rule], saes: Mapping[str, SAE] | None = None) -> tuple[Rule, ...]:
+    """Those of the rules that can stand in one plan, taken greedily."""
+    kept: list[Rule] = []
+    for rule in found:
+        try:
+            check_overlaps((other, (other.sae, other.site)) for other in [*kept, rule])
+        except Exception:
+            continue
+        kept.append(rule)
+    return tuple(dict.fromkeys(kept))
+
+
+@st.composite
+def plans(draw: Any, saes: Sequence[SAE], *, most: int = 4, **options: Any) -> Plan:
+    """One to ``most`` rules on some of the SAEs."""
+    one = st.one_of(*(rules(sae, **options) for sae in saes))
+    return Plan(compatible(draw(st.lists(one, min_size=1, max_size=most))))
+
+
+def steering(model: nn.Module, plan: Any, saes: Sequence[SAE], **options: Any) -> AbstractContextManager[Run]:
+    """`steer` with the SAEs at hand."""
+    return steer(model, plan, saes=saes, **options)
+
+
+class Stack(nn.Module):
+    """Blocks that return what they get, so that a site carries exactly the numbers that a test chose."""
+
+    def __init__(self, width: int, layers: int = 1):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Identity() for _ in range(layers))
+        for block in self.blocks:
+            block.register_parameter("width", nn.Parameter(torch.zeros(width)))
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The stream after the last block."""
+        for block in self.blocks:
+            inputs_embeds = block(inputs_embeds)
+        return inputs_embeds

@@ -1,0 +1,121 @@
+"""The formula once more, in Python floats, one token and one latent at a time: what every kernel has to agree with.
+
+    f' = clip(scale * f + shift, lo, hi)   where f > floor,   else f
+    x' = x + apply * (f' - f) @ W_dec
+
+Written from the formula, without a line of the package's own arithmetic: nothing is shared but the data of a rule.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from saeguard import SAE, Ablate, Add, AtLeast, AtMost, Clamp, Rule, Scale
+
+Token = dict[str, Any]
+"""``real``, ``special``, ``covers`` (one yes or no per rule), ``absolute``, ``since`` (from the end of the prompt)."""
+
+
+@dataclass
+class Told:
+    """What happens at one token: ``df[rule][i]`` is what the rule adds to the activation of its i-th latent."""
+
+    x: list[float]
+    df: list[list[float]]
+    doubtful: bool = False
+    """An amount in units of the norm of x is so near the activation that rounding decides whether they are equal."""
+
+
+def tell(x: Sequence[float], token: Token, rules: Sequence[Rule], saes: Mapping[str, SAE]) -> Told:
+    """Edit one token."""
+    weights = {name: _lists(saes[name]) for name in {rule.sae for rule in rules}}
+    f = {name: activations(x, saes[name], weights[name]) for name in weights}
+    applies = [
+        token["covers"][i] and selected(rule, token) and triggered(rule, f[rule.sae]) for i, rule in enumerate(rules)
+    ]
+    told = Told(list(x), [])
+    norm = math.sqrt(sum(v * v for v in x))
+    for i, rule in enumerate(rules):
+        changes = []
+        for place, latent in enumerate(rule.latents):
+            acts = applies[i] and not any(
+                applies[j]
+                and other.sae == rule.sae
+                and latent in other.latents
+                and other.priority is not None
+                and rule.priority is not None
+                and other.priority > rule.priority
+                for j, other in enumerate(rules)
+            )
+            before = f[rule.sae][latent]
+            maximum = saes[rule.sae].maximum
+            unit = {"activation": 1.0, "max": float(maximum[latent]) if maximum is not None else 1.0, "norm": norm}
+            after = change(rule.op, place, before, unit) if acts else before
+            is_norm = getattr(rule.op, "unit", "") == "norm"
+            told.doubtful |= is_norm and 0 < abs(after - before) < 1e-5 * (1 + abs(before))
+            told.doubtful |= is_norm and acts and after == before
+            changes.append(after - before)
+            for d, v in enumerate(weights[rule.sae]["W_dec"][latent]):
+                told.x[d] += (after - before) * v
+        told.df.append(changes)
+    return told
+
+
+def selected(rule: Rule, token: Token) -> bool:
+    """Whether the rule is about this token."""
+    if not token["real"] or (token["special"] and not rule.special):
+        return False
+    if token["absolute"] < rule.start or (rule.stop is not None and token["absolute"] >= rule.stop):
+        return False
+    if rule.phase == "generated":
+        return token["since"] >= 0 and (rule.first is None or token["since"] < rule.first)
+    if rule.phase == "prompt" and token["since"] >= 0:
+        return False
+    return rule.first is None or token["absolute"] < rule.first
+
+
+def triggered(rule: Rule, f: Sequence[float]) -> bool:
+    """Whether any watched latent is above the threshold."""
+    return rule.trigger is None or any(f[latent] > rule.trigger.threshold for latent in rule.trigger.latents)
+
+
+def activations(x: Sequence[float], sae: SAE, weights: Mapping[str, Any] | None = None) -> list[float]:
+    """All latents of one token."""
+    w = weights or _lists(sae)
+    pre = [w["b_enc"][j] + sum(v * w["W_enc"][d][j] for d, v in enumerate(x)) for j in range(sae.d_sae)]
+    if sae.activation == "relu":
+        return [max(p, 0.0) for p in pre]
+    if sae.activation == "jumprelu":
+        return [p if p > w["threshold"][j] else 0.0 for j, p in enumerate(pre)]
+    kept = set(sorted(range(sae.d_sae), key=lambda j: pre[j])[-(sae.top_k or 1) :])
+    return [max(p, 0.0) if j in kept else 0.0 for j, p in enumerate(pre)]
+
+
+def change(op: Any, place: int, f: float, unit: Mapping[str, float]) -> float:
+    """What an op makes of an activation."""
+
+    def amount(value: Any) -> float:
+        return (value[place] if isinstance(value, tuple) else value) * unit[getattr(op, "unit", "activation")]
+
+    match op:
+        case Clamp(value, when="always"):
+            return amount(value)
+        case Clamp(value, when="active"):
+            return amount(value) if f > 0 else f
+        case Scale(factor):
+            return amount(factor) * f
+        case Add(value):
+            return f + amount(value)
+        case Ablate():
+            return 0.0
+        case AtLeast(value):
+            return max(f, amount(value))
+        case AtMost(value):
+            return min(f, amount(value))
+    raise AssertionError(op)
+
+
+def _lists(sae: SAE) -> dict[str, Any]:
+    names = ("W_enc", "b_enc", "W_dec", "threshold")
+    return {name: getattr(sae, name).double().tolist() for name in names if getattr(sae, name) is not None}

@@ -1,0 +1,347 @@
+"""Every bad input ends in an error of its own class, whose text says how to go on."""
+
+import copy
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from saeguard import Ablate, Add, AnyActive, Clamp, Layout, Plan, Rule, Scale, Site, capture, errors, load_sae, steer
+from saeguard.engines import engine_for
+from saeguard.loaders.native import save_sae
+from saeguard.models import find_demo, verify_sha256
+from saeguard.plans import MAX_BYTES
+from saeguard.training.corpus import read_corpus
+from tests.counts import cases
+from tests.tiny import fresh_model, prompt, tiny_model, tiny_sae
+from tests.traces import add_plan, edited, nothing_left
+
+IDS = prompt(2, 5)
+SAE = tiny_sae()
+TEXT = json.loads(add_plan(1).to_json())
+Bad = Callable[[Path], Any]
+Case = tuple[type[errors.SaeguardError], str, Bad]
+
+
+def run(plan: Any, saes: Any = SAE, model: nn.Module | None = None, ids: torch.Tensor = IDS, **options: Any) -> None:
+    model = tiny_model() if model is None else model
+    with nothing_left(model), steer(model, plan, saes=saes, **options), torch.no_grad():
+        model(ids)
+
+
+def rule(*latents: int, op: Any = None, **more: Any) -> Plan:
+    return Plan((Rule("tiny", latents, op or Add(1.0), **more),))
+
+
+def plan_text(**changes: Any) -> str:
+    return json.dumps(TEXT | changes)
+
+
+def rule_text(**changes: Any) -> str:
+    return plan_text(rules=[TEXT["rules"][0] | changes])
+
+
+def written(folder: Path, sae: Any = SAE, **changes: torch.Tensor) -> Path:
+    return save_sae(replace(sae, **changes), folder / "sae.safetensors")
+
+
+def meta_model() -> nn.Module:
+    return copy.deepcopy(tiny_model()).to("meta")
+
+
+def named(name: str) -> nn.Module:
+    model = copy.deepcopy(tiny_model())
+    model.name_or_path = model.config._name_or_path = name
+    return model
+
+
+def bloom() -> nn.Module:
+    from transformers import AutoModelForCausalLM, BloomConfig
+
+    return AutoModelForCausalLM.from_config(BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)).eval()
+
+
+def no_bos() -> Any:
+    return SimpleNamespace(bos_token_id=None, name_or_path="words", all_special_ids=[])
+
+
+def huge(dtype: torch.dtype) -> Bad:
+    return lambda _: run(rule(1, op=Add(1e30)), model=copy.deepcopy(tiny_model()).to(dtype))
+
+
+def in_thread(call: Callable[[], Any]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
+
+
+def busy(_: Path) -> None:
+    with capture(tiny_model(), "resid_post.0"):
+        in_thread(lambda: tiny_model()(IDS))
+
+
+def compiled(_: Path) -> None:
+    run(add_plan(1), model=torch.compile(tiny_model(), backend="eager"))  # type: ignore[arg-type]
+
+
+def bypassed(_: Path) -> None:
+    with steer(tiny_model(), add_plan(1), saes=SAE):
+        tiny_model().forward(IDS)
+
+
+def embedded(_: Path) -> None:
+    with steer(tiny_model(), add_plan(1), saes=SAE):
+        tiny_model()(inputs_embeds=tiny_model().get_input_embeddings()(IDS))
+
+
+def never(_: Path) -> None:
+    with steer(tiny_model(), add_plan(1), saes=SAE):
+        pass
+
+
+def nested(_: Path) -> None:
+    with capture(tiny_model(), "resid_post.0"), steer(tiny_model(), add_plan(1), saes=SAE):
+        tiny_model()(IDS)
+        run_again = steer(tiny_model(), add_plan(1), saes=SAE)
+        run_again.__enter__()
+
+
+def hash_mismatch(folder: Path) -> None:
+    (folder / "x").write_bytes(b"x")
+    verify_sha256(folder / "x", "0" * 64, what="wheel")
+
+
+def corpus(folder: Path, text: str, tokenizer: Any, name: str = "a.jsonl") -> None:
+    (folder / name).write_text(text)
+    read_corpus([folder / name], tokenizer)
+
+
+def two_loaders(folder: Path) -> None:
+    from saeguard import loaders
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loaders.LOADERS, "other", loaders.LOADERS["saeguard"])
+        load_sae(written(folder))
+
+
+def newer(folder: Path) -> None:
+    path = written(folder)
+    path.write_bytes(path.read_bytes().replace(b'\\"schema\\": 1', b'\\"schema\\": 9'))
+    load_sae(path)
+
+
+CASES: dict[str, Case] = {
+    "unknown stream": (errors.SiteNotFound, "The streams are resid_pre, resid_post", lambda _: Site("resid", 1)),
+    "site that is no site": (errors.SiteNotFound, "Write it as resid_post.12", lambda _: Site.parse("layer 3")),
+    "negative layer": (errors.SiteNotFound, "a model with n blocks ends at layer n-1", lambda _: Site("resid_post", -1)),
+    "layer out of range": (errors.SiteNotFound, "has layers 0-2. Use layer 2", lambda _: run(add_plan(1, site=Site("resid_post", 3)))),
+    "capture out of range": (errors.SiteNotFound, "has layers 0-2. Use layer 2", lambda _: capture(tiny_model(), "mlp_out.7").__enter__()),
+    "no site at all": (errors.SiteNotFound, "Give the rule a site", lambda _: run(rule(1), replace(SAE, site=None))),
+    "width": (errors.WidthMismatch, "width 16, and resid_post.1 carries width 32.*another model", lambda _: run(rule(1), tiny_sae(d_in=16))),
+    "another model by name": (errors.WrongModel, "trained on lab/other.*to try it on a relative, load it and set model=None", lambda _: run(rule(1), replace(SAE, model="lab/other"), named("lab/ours"))),
+    "another model by shape": (errors.WrongModel, r"hidden_size 4096 \(here 32\). Use the model it was trained on", lambda _: run(rule(1), replace(SAE, manifest={"model_shape": {"hidden_size": 4096}}))),
+    "latent out of range": (errors.LatentOutOfRange, r"latents 0\.\.47. Negative indices are not accepted", lambda _: run(rule(48))),
+    "watched latent out of range": (errors.LatentOutOfRange, r"latents 0\.\.47", lambda _: run(rule(1, trigger=AnyActive((99,))))),
+    "negative latent": (errors.BadRule, "Latents are integers from 0 upwards", lambda _: rule(-1)),
+    "duplicate latents": (errors.BadRule, r"\[3\] are there more than once. Name each latent once", lambda _: rule(3, 3)),
+    "empty plan": (errors.EmptyPlan, "Leave a row alone with None", lambda _: Plan(())),
+    "NaN amount": (errors.BadRule, "nan is not a finite number. Amounts are finite", lambda _: Add(float("nan"))),
+    "infinite factor": (errors.BadRule, "inf is not a finite number", lambda _: Scale(float("inf"))),
+    "clamp mode": (errors.BadRule, 'Use "always" or "active"', lambda _: Clamp(1.0, when="sometimes")),  # type: ignore[arg-type]
+    "unit": (errors.BadRule, "Units: activation, max, norm", lambda _: Add(1.0, unit="percent")),  # type: ignore[arg-type]
+    "phase": (errors.BadRule, "Phases: all, prompt, generated", lambda _: rule(1, phase="start")),
+    "positions backwards": (errors.BadRule, "Give start <= stop", lambda _: rule(1, start=5, stop=2)),
+    "amounts of another number": (errors.BadRule, "Give as many, in the order of latents", lambda _: rule(1, 2, op=Add((1.0, 2.0, 3.0)))),
+    "op that is none": (errors.BadRule, "Ops: clamp, scale, add", lambda _: rule(1, op="boost")),
+    "prompt_tokens": (errors.BadRule, "Give one int, or one per row", lambda _: run(rule(1), prompt_tokens=-1)),
+    "overlap in a plan": (errors.OverlappingRules, "give both rules different priorities", lambda _: Plan((*add_plan(1).rules, *add_plan(1, amount=2.0).rules))),
+    "overlap of nested blocks": (errors.OverlappingRules, "Put both into one plan", nested),
+    "newer plan": (errors.UnknownSchema, "schema 2.*reads schema 1. Update saeguard", lambda _: Plan.from_json(plan_text(schema=2))),
+    "unknown op": (errors.UnknownOp, "Known: clamp, scale, add", lambda _: Plan.from_json(rule_text(op={"kind": "rotate"}))),
+    "unknown trigger": (errors.UnknownOp, "Known: any_active", lambda _: Plan.from_json(rule_text(trigger={"kind": "moon"}))),
+    "no plan": (errors.BadPlanFile, "Write it with Plan.to_json", lambda _: Plan.from_json("{}")),
+    "unknown keys": (errors.BadPlanFile, r"unknown keys \['colour'\]", lambda _: Plan.from_json(rule_text(colour=1))),
+    "key twice": (errors.BadPlanFile, "a key stands twice", lambda _: Plan.from_json('{"saeguard":"plan","saeguard":"plan"}')),
+    "NaN in a plan": (errors.BadPlanFile, "NaN is not a number", lambda _: Plan.from_json('{"saeguard":NaN}')),
+    "deep plan": (errors.BadPlanFile, "it is not JSON|nests deeper", lambda _: Plan.from_json("[" * 100_000 + "]" * 100_000)),
+    "oversized plan": (errors.BadPlanFile, f"larger than {MAX_BYTES} bytes. Split", lambda _: Plan.from_json(" " * (MAX_BYTES + 1))),
+    "unstable edit in float16": (errors.UnstableEdit, "Use smaller amounts, or a dtype with more range", huge(torch.float16)),
+    "unstable edit in bfloat16": (errors.UnstableEdit, "nothing was sampled", lambda _: run(rule(1, 2, op=Add(3e38)), model=copy.deepcopy(tiny_model()).bfloat16())),
+    "meta device": (errors.MetaDevice, "Load it with from_pretrained", lambda _: run(add_plan(1), model=meta_model())),
+    "rows": (errors.RowsMismatch, "3 plans.*4 rows. Give as many plans as rows", lambda _: run([add_plan(1)] * 3, ids=prompt(4, 5))),
+    "no BOS": (errors.MissingBOS, "Set tokenizer.bos_token", lambda folder: corpus(folder, "", no_bos())),
+    "no site table": (errors.UnsupportedModel, r"'bloom'.*Pass layout=Layout\(blocks=", lambda _: run(add_plan(1), model=bloom())),
+    "module of no library": (errors.UnsupportedModel, r"Pass layout=Layout\(blocks=", lambda _: run(add_plan(1), model=nn.Linear(2, 2))),
+    "wrong layout": (errors.SiteNotFound, "there is no list of blocks at transformer.blocks", lambda _: run(add_plan(1), model=bloom(), layout=Layout("transformer.blocks"))),
+    "no maximum": (errors.MissingMaximum, "Give amounts in activation units", lambda _: run(rule(1, op=Add(1.0, unit="max")), replace(SAE, maximum=None))),
+    "phase unknown": (errors.PhaseUnknown, "prompt_tokens=n", lambda _: run(rule(1, phase="generated"))),
+    "tokens unknown": (errors.TokensUnknown, "Pass input_ids, or write special=True", embedded),
+    "never ran": (errors.PlanNeverRan, "Call the model inside the block", never),
+    "bypass": (errors.GuardNotApplied, "Call the model itself", bypassed),
+    "busy": (errors.ModelBusy, r"Start the thread with run\.bind", busy),
+    "compiled": (errors.CompiledModel, "Steer the original model first", compiled),
+    "beams captured": (errors.UnsupportedMode, "Generate without dola_layers", lambda _: run_generate(dola_layers="low")),
+    "topk latent alone": (errors.NotSliceable, r"Use encode\(x\)", lambda _: tiny_sae(activation="topk").encode_at(torch.zeros(1, 32), [1])),
+    "no such SAE": (errors.UnsupportedFormat, "no such file or folder. Shipped are:", lambda folder: load_sae(folder / "nothing")),
+    "SAE of a newer schema": (errors.UnsupportedFormat, "its schema is 9, this version reads 1. Update saeguard", newer),
+    "unsupported file": (errors.UnsupportedFormat, "no loader recognises it.*Loaders of this version", lambda folder: load_sae(folder)),
+    "two loaders": (errors.UnsupportedFormat, "both recognise it", two_loaders),
+    "NaN weights": (errors.BrokenFile, "W_dec holds NaN or infinity. Fetch or export", lambda folder: load_sae(written(folder, W_dec=SAE.W_dec * float("nan")))),
+    "orientation": (errors.BrokenFile, r"Check the orientation: W_enc is \(d_in, d_sae\)", lambda _: replace(SAE, W_dec=SAE.W_enc)),
+    "top_k": (errors.BrokenFile, "Give 1..48", lambda _: replace(SAE, activation="topk", top_k=0)),
+    "hash": (errors.HashMismatch, "Nothing of it was used", hash_mismatch),
+    "no such model": (errors.ModelUnavailable, "Give one of these names, or the path", lambda _: find_demo("gpt-9")),
+    "no training text": (errors.TrainError, "there is no document in them. Give .txt files", lambda folder: corpus(folder, "", SimpleNamespace(bos_token_id=1))),
+}  # fmt: skip
+
+
+def run_generate(**options: Any) -> None:
+    with steer(tiny_model(), add_plan(1), saes=SAE):
+        tiny_model().generate(IDS, max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_refused_with_the_way_out(name, tmp_path):
+    error, text, bad = CASES[name]
+    with pytest.raises(error, match=re.compile(text, re.DOTALL)) as caught:
+        bad(tmp_path)
+
+    found = caught.value
+    assert type(found) is error
+    assert found.asked
+    assert found.found
+    assert str(found) == f"{found.asked}: {found.found}. {found.proceed}"
+    assert found.proceed.strip().endswith((".", "?")), "the way out is one or more sentences"
+
+
+ELSEWHERE = {"MissingExtra"}
+"""Classes whose tests stand with the part of the package that raises them."""
+
+
+def test_every_class_of_the_tree_is_raised_here():
+    classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.SaeguardError)]
+    leaves = {c for c in classes if not any(other is not c and issubclass(other, c) for other in classes)}
+
+    assert {c.__name__ for c in leaves} - ELSEWHERE == {error.__name__ for error, _, _ in CASES.values()}
+
+
+def test_model_without_a_site_table_is_steered_through_a_layout_of_the_callers():
+    model, layout = bloom(), Layout("transformer.h", {"mlp_out": ("mlp", "output")})
+    plain = model(IDS).logits
+    with steer(model, add_plan(1), saes=SAE, layout=layout) as run:
+        steered = model(IDS).logits
+
+    assert edited(run) == [(((1, 2, 3, 4),) * 2,)]
+    assert not torch.equal(steered, plain)
+    assert engine_for(model, layout).resolve(Site("mlp_out", 0)).path == "transformer.h.0.mlp"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("site", ["resid_post.0", "mlp_out.1", "resid_pre.2"])
+def test_edit_that_overflows_is_refused_before_anything_is_sampled(dtype, site):
+    model = fresh_model(dtype=dtype)
+    sampled: list[int] = []
+    plan = Plan((Rule("tiny", (1, 2), Add(3.4e38), site=Site.parse(site)),))
+    with pytest.raises(errors.UnstableEdit, match=site), steer(model, plan, saes=replace(SAE, W_dec=SAE.W_dec * 4)):
+        model.generate(IDS, max_new_tokens=3, stopping_criteria=[lambda ids, scores, **_: bool(sampled.append(1))])
+
+    assert not sampled
+
+
+def test_nan_that_the_model_makes_itself_is_not_called_an_edit():
+    model = fresh_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+        with steer(model, Plan((Rule("tiny", (), Ablate()),)), saes=SAE) as run:
+            logits = model(IDS).logits
+
+    assert logits.isnan().any()
+    assert run.report.rules[0].tokens_edited == 0
+
+
+def documented(load: Callable[[], Any]) -> bool:
+    """Whether it worked, or was refused by name; anything else goes up."""
+    try:
+        load()
+    except errors.SaeguardError as error:
+        assert error.proceed
+        return False
+    return True
+
+
+def test_truncated_plan_files_are_refused_at_every_length():
+    text = Plan((Rule("tiny", (1, 2), Clamp(-2.0, when="active"), trigger=AnyActive((3,))),), name="x").to_json()
+
+    assert not any(documented(lambda n=n: Plan.from_json(text[:n])) for n in range(len(text)))
+
+
+def test_damaged_plan_files_never_raise_anything_undocumented():
+    text, generator = add_plan(1, 2).to_json(), torch.Generator().manual_seed(0)
+    for _ in range(cases(20_000)):
+        place, byte = (int(torch.randint(n, (1,), generator=generator)) for n in (len(text), 256))
+        documented(lambda: Plan.from_json(text[:place].encode() + bytes([byte]) + text[place + 1 :].encode()))
+
+
+def test_truncated_sae_files_are_refused_at_every_length(tmp_path):
+    path = written(tmp_path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for n in [*range(0, header + 8, 5), *range(header + 8, len(whole), len(whole) // 40), len(whole) - 1]:
+        path.write_bytes(whole[:n])
+
+        assert not documented(lambda: load_sae(path)), f"{n} of {len(whole)} bytes"
+
+
+def test_damaged_sae_headers_never_raise_anything_undocumented(tmp_path):
+    path = written(tmp_path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(cases(20_000)):
+        place, byte = (int(torch.randint(n, (1,), generator=generator)) for n in (header, 256))
+        path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+        documented(lambda: load_sae(path))
+
+
+LOADER = pytest.mark.xfail(reason="loaders/native.py takes the kinds of header fields for granted", strict=True)
+
+
+@pytest.mark.parametrize("entry", [
+    {"dtype": "F32", "shape": [-1, 2]},
+    *(pytest.param(entry, marks=LOADER) for entry in (None, 3, [], {"dtype": "F32", "shape": "ab"})),
+])  # fmt: skip
+def test_sae_header_with_an_entry_of_another_kind_is_refused(entry, tmp_path):
+    check_header(tmp_path, lambda header: header | {"W_enc": entry})
+
+
+@pytest.mark.parametrize("change", [
+    {"name": None}, {"site": "x.1"}, *(pytest.param(change, marks=LOADER) for change in (
+        {"top_k": "3", "activation": "topk"}, {"site": 7}, {"manifest": []}, {"model": 5},
+    )),
+])  # fmt: skip
+def test_sae_header_with_a_field_of_another_kind_is_refused(change, tmp_path):
+    def changed(header: dict[str, Any]) -> dict[str, Any]:
+        meta = json.loads(header["__metadata__"]["saeguard"]) | change
+        return header | {"__metadata__": {"saeguard": json.dumps(meta)}}
+
+    check_header(tmp_path, changed)
+
+
+def check_header(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path = written(folder)
+    whole = path.read_bytes()
+    n = int.from_bytes(whole[:8], "little")
+    header = json.dumps(change(json.loads(whole[8 : 8 + n]))).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + n :])
+
+    with pytest.raises(errors.SaeguardError):
+        load_sae(path)
