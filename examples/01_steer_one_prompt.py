@@ -1,7 +1,7 @@
 """Find a latent by a word, push it while the model writes, and compare with the plain text.
 
-    python examples/01_steer_one_prompt.py
-    python examples/01_steer_one_prompt.py --word medicine --amount 1.5
+python examples/01_steer_one_prompt.py
+python examples/01_steer_one_prompt.py --word medicine --amount 1.5
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """One batch, another plan for every row: push, turn around, leave alone; plans are saved and read back as JSON.
 
-    python examples/02_a_plan_per_row.py
+python examples/02_a_plan_per_row.py
 """
 
 import tempfile

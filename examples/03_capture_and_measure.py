@@ -1,6 +1,6 @@
 """Record the stream without changing it: how many latents fire, which ones, and how much of x they explain.
 
-    python examples/03_capture_and_measure.py
+python examples/03_capture_and_measure.py
 """
 
 import torch

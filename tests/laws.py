@@ -71,6 +71,7 @@ def near_edge(model: nn.Module, plan: Any, saes: Sequence[SAE], ids: Tensor, **c
 
 def rule_near_edge(rule: Rule, sae: SAE, x: Tensor) -> bool:
     """Whether ``rule`` hesitates anywhere in ``x``."""
+    sae = sae.to(dtype=torch.float32)
     latents = list(rule.latents)
     watched = list(rule.trigger.latents) if rule.trigger else []
     pre = x.float() @ sae.W_enc + sae.b_enc

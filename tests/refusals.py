@@ -77,7 +77,8 @@ def generate_that_compiles_itself_called_before(model: nn.Module, block: Block) 
     """On accelerators a static cache makes generate compile the decode step; the CPU is told that it is one."""
     model = copy.deepcopy(model)
     model._valid_auto_compile_criteria = lambda *_: True  # type: ignore[method-assign]
-    options = GREEDY | {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager", fullgraph=False)}
+    compiling = CompileConfig(backend="eager", fullgraph=False)
+    options = GREEDY | {"cache_implementation": "static", "compile_config": compiling}
     model.generate(IDS, **options)
     with block(model):
         model.generate(IDS, **options)

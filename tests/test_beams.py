@@ -105,7 +105,8 @@ def test_search_equals_that_of_a_model_whose_bias_holds_the_edit(name):
     """A second way to the same search, without hooks: the edit at every token is a constant added by the block."""
     plan = add_plan(3, amount=5.0, special=True)
     model = copy.deepcopy(MODELS[name])
-    last = [m for path, m in model.named_modules() if path.endswith((".1.mlp.down_proj", ".1.mlp.c_proj", ".1.mlp.dense_4h_to_h"))]
+    names = (".1.mlp.down_proj", ".1.mlp.c_proj", ".1.mlp.dense_4h_to_h")
+    last = [module for path, module in model.named_modules() if path.endswith(names)]
     bias = last[0].bias.detach() if last[0].bias is not None else torch.zeros(32)
     last[0].bias = torch.nn.Parameter(bias + 5.0 * SAE.W_dec[3])
     found, _ = search(name, plan)
@@ -132,6 +133,6 @@ def test_plans_for_another_number_of_rows_are_refused_and_counted_in_requests():
 
 
 def test_capturing_a_beam_search_is_refused():
-    with pytest.raises(UnsupportedMode, match="its rows trade places. Generate without beams"):
-        with capture(MODELS["llama"], "resid_post.1"):
-            MODELS["llama"].generate(IDS, **WORDS)
+    refused = pytest.raises(UnsupportedMode, match="its rows trade places. Generate without beams")
+    with refused, capture(MODELS["llama"], "resid_post.1"):
+        MODELS["llama"].generate(IDS, **WORDS)

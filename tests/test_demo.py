@@ -18,9 +18,7 @@ from tests.words import word_tokenizer
 TINY = (
     DemoRow("boost", "w5 w6 w7", Plan((Rule("tiny", (1, 2), AtLeast(1.0, unit="max"), phase="generated"),))),
     DemoRow("turn", "w8 w9 w10 w11 w12", Plan((Rule("tiny", (3, 8, 9, 10), Scale(-2.0)),))),
-    DemoRow(
-        "trigger", "w20", Plan((Rule("tiny", (4,), Clamp(3.0, when="always"), trigger=AnyActive((5, 6, 7))),))
-    ),
+    DemoRow("trigger", "w20", Plan((Rule("tiny", (4,), Clamp(3.0, when="always"), trigger=AnyActive((5, 6, 7))),))),
     DemoRow("alone", "w30 w31", None),
 )
 

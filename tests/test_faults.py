@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saeguard import Plan, capture, steer
+from saeguard import Plan, Site, capture, steer
+from saeguard.engines import engine_for
 from saeguard.errors import GuardError
 from tests.counts import FULL
 from tests.tiny import fresh_model, prompt, tiny_sae
@@ -45,9 +46,6 @@ def references() -> dict[str, list[Tensor]]:
 
 def modules_at_sites(model: nn.Module) -> dict[str, nn.Module]:
     """The model itself and every module that a site of the plan is at."""
-    from saeguard.engines import engine_for
-    from saeguard.sites import Site
-
     engine = engine_for(model)
     found = {str(site): engine.resolve(Site.parse(site)).module for site in SITES}
     return {"model": model, **found}
@@ -80,10 +78,9 @@ def test_fault_at_any_site_and_step_leaves_the_next_requests_as_in_a_fresh_proce
     modules, plan = modules_at_sites(model), plan_at_all_sites()
     done = 0
     for _, where, step, side, kind in [point for point in POINTS if point[0] == name]:
-        with nothing_left(model):
-            with pytest.raises(kind, match="boom"), steer(model, plan, saes=SAE), capture(model, "resid_post.1"):  # noqa: SIM117
-                with planted(modules[where], side, raiser(kind, at=step)):
-                    model.generate(IDS, **GREEDY)
+        steered = steer(model, plan, saes=SAE), capture(model, "resid_post.1")
+        with nothing_left(model), pytest.raises(kind, match="boom"), steered[0], steered[1]:
+            fail(model, modules[where], side, kind, step)
 
         found = next_three(model)
         assert all(map(torch.equal, found, references[name])), (where, side, step, kind.__name__)
@@ -92,11 +89,11 @@ def test_fault_at_any_site_and_step_leaves_the_next_requests_as_in_a_fresh_proce
     assert done >= (448 if FULL else 56)
 
 
-@contextmanager
-def planted(module: nn.Module, side: str, hook: Any) -> Iterator[None]:
-    handle = register(module, side, hook)
+def fail(model: nn.Module, module: nn.Module, side: str, kind: type[BaseException], step: int) -> None:
+    """Generate, with a hook on ``module`` that raises in the ``step``-th pass."""
+    handle = register(module, side, raiser(kind, at=step))
     try:
-        yield
+        model.generate(IDS, **GREEDY)
     finally:
         handle.remove()
 
@@ -106,9 +103,8 @@ def planted(module: nn.Module, side: str, hook: Any) -> Iterator[None]:
 def test_fault_caught_inside_the_block_leaves_the_block_exact(name, step):
     model, plan = MODELS[name], plan_at_all_sites()
     with steer(model, plan, saes=SAE) as run:
-        with planted(modules_at_sites(model)["mlp_out.1"], "post after", raiser(RuntimeError, at=step)):
-            with pytest.raises(RuntimeError, match="boom"):
-                model.generate(IDS, **GREEDY)
+        with pytest.raises(RuntimeError, match="boom"):
+            fail(model, modules_at_sites(model)["mlp_out.1"], "post after", RuntimeError, step)
         after = model.generate(IDS, **GREEDY)
         logits = model(IDS).logits
     with steer(model, plan, saes=SAE) as fresh:
@@ -125,9 +121,8 @@ def test_a_forward_called_by_hand_after_a_fault_is_refused_and_not_taken_for_the
     """What the failed pass knew of its tokens must not be used for another pass."""
     model, plan = MODELS[name], add_plan(1)
     with steer(model, plan, saes=SAE):
-        with planted(modules_at_sites(model)["resid_pre.0"], "pre before", raiser(RuntimeError)):
-            with pytest.raises(RuntimeError, match="boom"):
-                model(IDS)
+        with pytest.raises(RuntimeError, match="boom"):
+            fail(model, modules_at_sites(model)["resid_pre.0"], "pre before", RuntimeError, 1)
 
         with pytest.raises(GuardError, match="outside a call of the steered model"):
             model.forward(IDS)

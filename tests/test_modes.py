@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from saeguard import Add, Plan, Rule, Site, steer
+from saeguard.engines import hf
 from saeguard.engines.traced import is_traced
 from saeguard.errors import CompiledModel, GuardNotApplied, PhaseUnknown, SiteNotFound
 from tests import modes, refusals
@@ -96,7 +97,7 @@ def eager(name: str) -> tuple[Tensor, Tensor]:
 
 
 def spread(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Modes by architectures; tracing takes seconds, so without SAEGUARD_FULL each mode gets one architecture in turn."""
+    """Modes by architectures; tracing takes seconds: without SAEGUARD_FULL each mode gets one architecture, in turn."""
     every = [(mode, name) for mode in names for name in ARCHITECTURES]
     return every if FULL else [every[4 * i + i % 4] for i in range(len(every) // 4)]
 
@@ -256,9 +257,9 @@ def test_generate_called_on_the_class_is_edited_and_phases_are_refused(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_layer_that_the_model_does_not_have_is_refused_before_anything_is_touched(name):
     model = tiny_model(name)
-    with nothing_left(model), pytest.raises(SiteNotFound, match="this model has layers 0-2. Use layer 2"):
-        with steer(model, add_plan(1, site=Site("resid_post", 3)), saes=SAE):
-            raise AssertionError("entered")
+    block = steer(model, add_plan(1, site=Site("resid_post", 3)), saes=SAE)
+    with nothing_left(model), pytest.raises(SiteNotFound, match="this model has layers 0-2. Use layer 2"), block:
+        raise AssertionError("entered")
 
 
 MUTANTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
@@ -277,3 +278,25 @@ def test_an_edit_that_does_not_reach_every_row_would_fail_here(mutant):
     handle.remove()
 
     assert torch.equal(found[1:], plain[1:])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_without_the_refusal_at_entry_compiled_functions_would_be_silently_plain(monkeypatch):
+    """The danger is real: a plain call is steered, so the block ends in peace, and the compiled call was not."""
+    monkeypatch.setattr(hf, "is_traced", lambda module: False)
+    model = fresh_model("llama")  # once asked for hidden states, a model has hooks of transformers, and guards on them
+    function = torch.compile(lambda ids: model(ids).logits, backend="eager")
+    function(modes.IDS)
+    with block_of(ALL, FIRST)(model):
+        steered, unsteered = model(modes.IDS).logits, function(modes.IDS)
+
+    plain, expected = eager("llama")
+    assert torch.equal(steered, expected)
+    torch.testing.assert_close(unsteered, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_without_the_refusal_generate_that_compiles_itself_would_fail_at_its_decode_step(monkeypatch):
+    monkeypatch.setattr(hf, "is_traced", lambda module: False)
+    with pytest.raises(GuardNotApplied, match="the forward pass ended and they had not run"):
+        refusals.generate_that_compiles_itself_called_before(fresh_model("llama"), block_of(ALL))

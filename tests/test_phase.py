@@ -145,8 +145,8 @@ class Say(LogitsProcessor):
         return said
 
 
-@pytest.mark.xfail(reason="HuggingFace.read_ends takes a generated pad token for the row's end", strict=True)
 def test_pad_token_that_the_model_says_does_not_end_the_report():
+    """Everything after a padding token was once taken for padding, and the report left out real edits."""
     model, ids = tiny.tiny_model(), tiny.prompt(1, 4)
     plan = Plan((Rule("relu", (1, 2, 3), Scale(2.0), special=True),))
 

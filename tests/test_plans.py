@@ -95,6 +95,15 @@ def test_equal_plans_have_one_text_however_they_were_written():
     assert a.fingerprint() == b.fingerprint()
 
 
+def test_canonical_text_has_sorted_keys_and_no_spaces():
+    """Written out, because signatures of saved plans depend on every byte of it."""
+    assert Plan((Rule("a", (3, 1), Add(2.0)),), "n").to_json() == (
+        '{"name":"n","rules":[{"first":null,"latents":[3,1],"op":{"amount":2.0,"kind":"add","unit":"activation"},'
+        '"phase":"all","priority":null,"sae":"a","site":null,"special":false,"start":0,"stop":null,"trigger":null}],'
+        '"saeguard":"plan","schema":1}'
+    )
+
+
 @pytest.mark.usefixtures("untyped")
 def test_text_by_hand_may_leave_out_defaults_and_write_whole_numbers():
     rule = '{"sae": "a", "latents": [1], "op": {"kind": "scale", "factor": 2}}'

@@ -18,7 +18,7 @@ from saeguard.loaders import shipped
 from tests import laws, tiny
 
 NAME = "smollm2-135m-instruct"
-SITE = Site("resid_post", 15)
+RANDOM_SITE = Site("resid_post", 15)
 QUESTIONS = ("What is the capital of France?", "Name three rivers in Africa.", "Why is the sky blue, and the sea too?")
 
 
@@ -26,6 +26,8 @@ class Real(NamedTuple):
     model: Any
     tokenizer: Any
     sae: SAE
+    latents: tuple[int, ...]
+    """Six that fire often on the prompts."""
 
     def ids(self, *questions: str) -> tuple[Tensor, Tensor]:
         """Chat prompts, padded on the left, and their mask."""
@@ -42,24 +44,33 @@ class Real(NamedTuple):
 @pytest.fixture(scope="module")
 def real() -> Real:
     model, tokenizer = load_model(NAME)
-    for name in shipped():
-        if name.startswith(NAME):
-            return Real(model, tokenizer, load_sae(name))
-    bare = Real(model, tokenizer, tiny.tiny_sae(d_in=576, activation="relu", name="random", site=SITE))
+    names = [name for name in shipped() if name.startswith(NAME)]
+    sae = load_sae(names[0]) if names else tiny.tiny_sae(d_in=576, activation="relu", name="random", site=RANDOM_SITE)
+    assert sae.site is not None
+    bare = Real(model, tokenizer, sae, ())
     ids, mask = bare.ids(*QUESTIONS)
-    with torch.no_grad(), capture(model, SITE) as tape:
+    with torch.no_grad(), capture(model, sae.site) as tape:
         model(ids, attention_mask=mask)
-    x = tape[SITE][0, tape.real(SITE)[0]]  # one row: all begin with the same system prompt
+    row = tape.real(sae.site)[0] & (ids[0] > 2)  # one row, as all begin with the same system prompt; no special tokens
+    sae = sae if names else made_to_fire(sae, tape[sae.site][0, row])
+    rates = (sae.encode(tape[sae.site][0, row]) > 0).float().mean(0)
+    return bare._replace(sae=sae, latents=tuple((rates - 0.4).abs().argsort()[:6].tolist()))
+
+
+def made_to_fire(sae: SAE, x: Tensor) -> SAE:
+    """Of unit norms, and with biases at which each latent fires on a third of the tokens."""
     unit = lambda w, dim: w / torch.linalg.vector_norm(w, dim=dim, keepdim=True)
-    W_enc = unit(bare.sae.W_enc, 0)
+    W_enc = unit(sae.W_enc, 0)
     pre = (x @ W_enc).sort(dim=0).values
     third = 2 * len(pre) // 3
-    b_enc = -(pre[third] + pre[third + 1]) / 2  # between two tokens rather than on one
-    return bare._replace(sae=replace(bare.sae, W_enc=W_enc, b_enc=b_enc, W_dec=unit(bare.sae.W_dec, 1)))
+    between = (pre[third] + pre[third + 1]) / 2
+    return replace(sae, W_enc=W_enc, b_enc=-between, W_dec=unit(sae.W_dec, 1))
 
 
-def rule(real: Real, op: Any, latents: tuple[int, ...] = (1, 2, 3), **parts: Any) -> Rule:
-    return Rule(real.sae.name, latents, op, **parts)
+def rule(real: Real, op: Any, *, of: slice = slice(0, 3), watch: slice | None = None, **parts: Any) -> Rule:
+    """A rule on the ``of``-th of the latents that fire, triggered by the ``watch``-th of them."""
+    trigger = AnyActive(real.latents[watch]) if watch is not None else None
+    return Rule(real.sae.name, real.latents[of], op, **({"trigger": trigger} | parts))
 
 
 def full_pass(real: Real, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -70,11 +81,11 @@ def full_pass(real: Real, ids: Tensor, mask: Tensor | None = None) -> Tensor:
 def test_generation_under_edits_that_change_nothing_is_bit_identical(real):
     plan = Plan(
         (
-            rule(real, Add(0.0), (1,), special=True),
-            rule(real, Scale(1.0), (2, 3), special=True),
-            rule(real, AtLeast(-1.0), (4,), special=True),
-            rule(real, Clamp(9.0, when="always"), (5, 6), special=True, trigger=AnyActive((1, 2), 1e30)),
-            rule(real, Clamp(9.0, when="always"), (), special=True),
+            rule(real, Add(0.0), of=slice(0, 1), special=True),
+            rule(real, Scale(1.0), of=slice(1, 3), special=True),
+            rule(real, AtLeast(-1.0), of=slice(3, 4), special=True),
+            rule(real, Clamp(9.0, when="always"), of=slice(4, 6), special=True, trigger=AnyActive((0, 1), 1e30)),
+            rule(real, Clamp(9.0, when="always"), of=slice(0), special=True),
         )
     )
     ids, mask = real.ids(*QUESTIONS[:2])
@@ -92,7 +103,7 @@ def test_generation_under_edits_that_change_nothing_is_bit_identical(real):
     "parts",
     [
         {"op": Clamp(-20.0, when="active")},
-        {"op": Clamp(15.0, when="always"), "phase": "prompt", "trigger": AnyActive((4, 5))},
+        {"op": Clamp(15.0, when="always"), "phase": "prompt", "watch": slice(3, 5)},
         {"op": Add(4.0), "phase": "generated", "first": 3},
     ],
     ids=str,

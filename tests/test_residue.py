@@ -1,6 +1,7 @@
-"""Whatever is entered, left, nested and interrupted, in whatever order: nothing of ours stays, and all of theirs does."""
+"""Whatever is entered, left, nested and interrupted, in any order: nothing of ours stays, and all of theirs does."""
 
-from contextlib import ExitStack
+import copy
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -115,10 +116,8 @@ class Story:
 
 
 def close(block: Any, error: BaseException | None) -> None:
-    try:
+    with suppress(PlanNeverRan, Boom):
         block.__exit__(type(error) if error else None, error, None)
-    except (PlanNeverRan, Boom):
-        pass
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -227,8 +226,6 @@ def test_generate_kept_from_inside_a_block_is_plain_after_it():
 
 def test_a_copy_made_inside_a_block_refuses_until_the_block_ends_and_then_is_plain():
     """The copy's ``generate`` once was the original's: it ran another model than the one it was called on."""
-    import copy
-
     model = fresh_model()
     with steer(model, add_plan(1), saes=SAE):
         model(IDS)

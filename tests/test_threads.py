@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from saeguard import capture, steer
-from saeguard.errors import ModelBusy
+from saeguard.errors import GuardNotApplied, ModelBusy
 from tests.tiny import fresh_model, prompt, tiny_sae
 from tests.traces import add_plan, edited, fed, nothing_left, should_edit
 
@@ -120,8 +120,10 @@ def test_thread_that_is_not_bound_is_refused_while_the_block_is_open():
         found = in_threads(many(lambda _: MODEL.generate(IDS, **GREEDY)), n=2)
         forward = in_threads(many(lambda _: MODEL(IDS).logits), n=2)
 
+    afterwards = in_threads(many(lambda _: MODEL.generate(IDS, **GREEDY)), n=2)
+
     assert {one for row in found + forward for one in row} == {ModelBusy}
-    assert all(torch.equal(one, plain) for row in in_threads(many(lambda _: MODEL.generate(IDS, **GREEDY)), n=2) for one in row)  # fmt: skip
+    assert all(torch.equal(one, plain) for row in afterwards for one in row)
 
 
 def test_entering_from_another_thread_is_refused_and_leaves_the_open_block_whole():
@@ -155,8 +157,6 @@ def test_pass_that_began_plain_never_gets_edits_of_a_block_that_opens_meanwhile(
 
 
 def test_generate_that_outlives_its_block_raises_instead_of_going_on_unedited():
-    from saeguard.errors import GuardNotApplied
-
     started, ended = threading.Event(), threading.Event()
 
     def streamed(ids: Tensor, scores: Tensor, **_: Any) -> bool:

@@ -389,13 +389,14 @@ def test_words_join_the_pieces_before_the_firing_token():
     numbers = words.number([0, 1, 2, 3, 4, 5, 6, 1])
 
     named = [words.names[i] for i in numbers]
-    assert named == ["<bos>", "phot", "photosynth", "photosynthesis", ".", "", "chlor", "phot"]
+    assert named == ["<bos>", "phot", "photosynth", "photosynthesis", ".", "↵", "chlor", "phot"]
 
 
 def test_label_has_words_read_and_tokens_promoted():
-    label = label_of(["photosynthesis", ",", "Photosynthesis", "chlorophyll"], ["plants", "chlorophyll", " light"])
+    label = label_of(["photosynthesis", ",", "Photosynthesis", "chlorophyll"], ["plants", "chlorophyll", "light"])
 
-    assert label == "photosynthesis, chlorophyll -> plants,  light"
+    assert label == "photosynthesis, chlorophyll -> plants, light"
+    assert label_of(["cell"], []) == "cell"
 
 
 def test_notes_count_what_fired(tmp_path: Path):

@@ -41,9 +41,9 @@ def nothing_left(model: nn.Module) -> Iterator[None]:
     assert ambient() == before[1]
 
 
-def add_plan(*latents: int, amount: float = 4.0, site: Site = SITE, **where: Any) -> Plan:
+def add_plan(*latents: int, amount: float = 4.0, site: Site | str = SITE, **where: Any) -> Plan:
     """Edits every token that ``where`` selects, whatever its activations are."""
-    return Plan((Rule("tiny", latents or (1, 2), Add(amount), site=site, **where),))
+    return Plan((Rule("tiny", latents or (1, 2), Add(amount), site=Site.parse(site), **where),))
 
 
 def fed(sequence: Tensor, columns: int) -> list[int]:

@@ -5,7 +5,7 @@ from typing import Any
 from saeguard.cli.console import Json, out, table, write_json
 
 
-def assets(as_json: bool = Json) -> None:
+def assets(as_json: Json = False) -> None:
     """List the SAEs that come with saeguard; --json writes their cards in full."""
     from saeguard.cards import shipped_cards
 

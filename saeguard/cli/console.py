@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,7 +16,7 @@ from saeguard.errors import SaeguardError
 EXIT_ERROR = 2
 """Exit status when saeguard refuses; 1 means that something was computed and a check failed."""
 
-Json = typer.Option(False, "--json", help="Write JSON to standard output and nothing else.")
+Json = Annotated[bool, typer.Option("--json", help="Write JSON to standard output and nothing else.")]
 
 
 class Commands(TyperGroup):

@@ -1,7 +1,7 @@
 """``saeguard demo``: four rows in one batch, four plans, every promise checked, a page and a picture."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -10,10 +10,12 @@ from saeguard.cli.console import Json, err, out, progress, report_table, write_j
 
 
 def demo(
-    folder: Path = typer.Option(Path("out/demo"), "--out", help="Where report.json, demo.html and demo.png go."),
-    tokens: int = typer.Option(40, "--tokens", min=2, max=400, help="Tokens to generate per row."),
-    picture: bool = typer.Option(True, help="Draw the PNG, which needs matplotlib."),
-    as_json: bool = Json,
+    folder: Annotated[Path, typer.Option("--out", help="Where report.json, demo.html and demo.png go.")] = Path(
+        "out/demo"
+    ),
+    tokens: Annotated[int, typer.Option("--tokens", min=2, max=400, help="Tokens to generate per row.")] = 40,
+    picture: Annotated[bool, typer.Option(help="Draw the PNG, which needs matplotlib.")] = True,
+    as_json: Json = False,
 ) -> None:
     """Steer a real model, one plan per row, and check every promise while at it.
 

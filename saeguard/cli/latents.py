@@ -2,15 +2,19 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from saeguard.cli.console import Json, out, progress, table, write_json
 
-app = typer.Typer(no_args_is_help=True, help="Search and inspect the latents of an SAE.", pretty_exceptions_enable=False)
-Source = typer.Option("", "--sae", help="A shipped SAE's name, or the folder of one; the default is the first shipped.")
+app = typer.Typer(
+    no_args_is_help=True, help="Search and inspect the latents of an SAE.", pretty_exceptions_enable=False
+)
+Source = Annotated[
+    str, typer.Option("--sae", help="A shipped SAE's name, or the folder of one; the default is the first shipped.")
+]
 
 
 def default_sae() -> str:
@@ -26,10 +30,10 @@ def default_sae() -> str:
 
 @app.command("search")
 def search(
-    text: str = typer.Argument(..., help="Words, such as: photosynthesis"),
-    sae: str = Source,
-    top: int = typer.Option(12, min=1, help="How many."),
-    as_json: bool = Json,
+    text: Annotated[str, typer.Argument(help="Words, such as: photosynthesis")],
+    sae: Source = "",
+    top: Annotated[int, typer.Option(min=1, help="How many.")] = 12,
+    as_json: Json = False,
 ) -> None:
     """Find latents by words: in their labels, the tokens they fire on and the tokens they promote."""
     from saeguard.latents import LatentTable
@@ -54,7 +58,7 @@ def search(
 
 @app.command("show")
 def show(
-    latent: int = typer.Argument(..., min=0, help="A latent's number."), sae: str = Source, as_json: bool = Json
+    latent: Annotated[int, typer.Argument(min=0, help="A latent's number.")], sae: Source = "", as_json: Json = False
 ) -> None:
     """Show what the table knows of one latent."""
     from saeguard.latents import LatentTable
@@ -76,15 +80,19 @@ def show(
 
 @app.command("contexts")
 def contexts(
-    latent: int = typer.Argument(..., min=0, help="A latent's number."),
-    corpus: list[Path] = typer.Option([], "--corpus", help=".txt, .jsonl or .jsonl.gz files; may be repeated."),
-    self_written: bool = typer.Option(False, "--self-written", help="Let the model write the text."),
-    sae: str = Source,
-    model: str = typer.Option("smollm2-135m-instruct", help="A demo model's name, or the folder of a model."),
-    top: int = typer.Option(10, min=1, help="How many contexts."),
-    budget: int = typer.Option(20_000, "--tokens", min=64, help="Tokens to read at most, or to write."),
-    seed: int = typer.Option(0, help="Seed of the sample, or of what the model writes."),
-    as_json: bool = Json,
+    latent: Annotated[int, typer.Argument(min=0, help="A latent's number.")],
+    corpus: Annotated[
+        list[Path] | None, typer.Option("--corpus", help=".txt, .jsonl or .jsonl.gz files; may be repeated.")
+    ] = None,
+    self_written: Annotated[bool, typer.Option("--self-written", help="Let the model write the text.")] = False,
+    sae: Source = "",
+    model: Annotated[
+        str, typer.Option(help="A demo model's name, or the folder of a model.")
+    ] = "smollm2-135m-instruct",
+    top: Annotated[int, typer.Option(min=1, help="How many contexts.")] = 10,
+    budget: Annotated[int, typer.Option("--tokens", min=64, help="Tokens to read at most, or to write.")] = 20_000,
+    seed: Annotated[int, typer.Option(help="Seed of the sample, or of what the model writes.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """Find where a latent fires hardest, in a corpus of yours or in text that the model writes itself."""
     if bool(corpus) == self_written:
@@ -104,7 +112,7 @@ def contexts(
         if self_written:
             chunks = write_chunks(loaded.model, loaded.tokenizer, n_tokens=budget, seed=seed)
         else:
-            read = read_corpus(corpus, loaded.tokenizer, context=128, n_tokens=budget, seed=seed)
+            read = read_corpus(corpus or (), loaded.tokenizer, context=128, n_tokens=budget, seed=seed)
             chunks = read.ids, read.kept
         tick("looking for the latent")
         found = top_contexts(loaded.model, loaded.tokenizer, dictionary, latent, *chunks, top=top)

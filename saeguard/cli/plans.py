@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -10,10 +10,12 @@ from saeguard.cli.console import Json, out, table, write_json
 
 
 def plan(
-    file: Path = typer.Argument(..., exists=True, dir_okay=False, help="A plan file, as Plan.save writes it."),
-    canonical: bool = typer.Option(False, "--canonical", help="Write the canonical text and nothing else."),
-    bind: bool = typer.Option(False, "--bind", help="Also load its SAEs and check latents, maxima and sites."),
-    as_json: bool = Json,
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A plan file, as Plan.save writes it.")],
+    canonical: Annotated[bool, typer.Option("--canonical", help="Write the canonical text and nothing else.")] = False,
+    bind: Annotated[
+        bool, typer.Option("--bind", help="Also load its SAEs and check latents, maxima and sites.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Check a plan file and show its rules, its canonical text's length and its fingerprint.
 

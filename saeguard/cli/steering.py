@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -36,31 +36,46 @@ class Phase(StrEnum):
 
 
 def steer(
-    prompts: list[str] = typer.Option(..., "--prompt", help="A prompt; give it again for more rows in one batch."),
-    plans: list[str] = typer.Option([], "--plan", help='A plan file, or "none"; once for all rows, or once per row.'),
-    model: str = typer.Option("smollm2-135m-instruct", help="A demo model's name, or the folder of a model."),
-    sae: str = typer.Option("", help="A shipped SAE's name, or a file or folder; the default is the first shipped."),
-    latents: str = typer.Option("", help="Instead of plan files: latents to set in every row, such as 12,87."),
-    add: float | None = typer.Option(None, help="Add this much to their activations."),
-    scale: float | None = typer.Option(None, help="Multiply their activations; negative turns them around."),
-    clamp: float | None = typer.Option(None, help="Set their activations to this, see --when."),
-    at_least: float | None = typer.Option(None, help="Raise their activations to this where they are below."),
-    at_most: float | None = typer.Option(None, help="Lower their activations to this where they are above."),
-    ablate: bool = typer.Option(False, "--ablate", help="Set their activations to 0."),
-    when: When = typer.Option(When.always, help="For --clamp: everywhere, or only where the latent fires."),
-    unit: Unit = typer.Option(Unit.activation, help="Unit of the amount: activation units, recorded maxima, norms of x."),
-    phase: Phase = typer.Option(Phase.all, help="Which tokens the op is about."),
-    tokens: int = typer.Option(40, "--tokens", min=1, help="Tokens to generate per row, greedily."),
-    chat: bool = typer.Option(True, "--chat/--raw", help="Put prompts through the model's chat template, or not."),
-    page: Path | None = typer.Option(None, help="Also draw an HTML page there."),
-    picture: Path | None = typer.Option(None, help="Also draw a PNG there (needs matplotlib)."),
-    as_json: bool = Json,
+    prompts: Annotated[list[str], typer.Option("--prompt", help="A prompt; give it again for more rows in one batch.")],
+    plans: Annotated[
+        list[str] | None, typer.Option("--plan", help='A plan file, or "none"; once for all rows, or once per row.')
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A demo model's name, or the folder of a model.")
+    ] = "smollm2-135m-instruct",
+    sae: Annotated[
+        str, typer.Option(help="A shipped SAE's name, or a file or folder; the default is the first shipped.")
+    ] = "",
+    latents: Annotated[
+        str, typer.Option(help="Instead of plan files: latents to set in every row, such as 12,87.")
+    ] = "",
+    add: Annotated[float | None, typer.Option(help="Add this much to their activations.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Multiply their activations; negative turns them around.")] = None,
+    clamp: Annotated[float | None, typer.Option(help="Set their activations to this, see --when.")] = None,
+    at_least: Annotated[
+        float | None, typer.Option(help="Raise their activations to this where they are below.")
+    ] = None,
+    at_most: Annotated[float | None, typer.Option(help="Lower their activations to this where they are above.")] = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Set their activations to 0.")] = False,
+    when: Annotated[When, typer.Option(help="For --clamp: everywhere, or only where the latent fires.")] = When.always,
+    unit: Annotated[
+        Unit, typer.Option(help="Unit of the amount: activation units, recorded maxima, norms of x.")
+    ] = Unit.activation,
+    phase: Annotated[Phase, typer.Option(help="Which tokens the op is about.")] = Phase.all,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to generate per row, greedily.")] = 40,
+    chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="Put prompts through the model's chat template, or not.")
+    ] = True,
+    page: Annotated[Path | None, typer.Option(help="Also draw an HTML page there.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw a PNG there (needs matplotlib).")] = None,
+    as_json: Json = False,
 ) -> None:
     """Generate plain and steered text for prompts in one batch, and report what was edited.
 
     Either plan files (--plan, repeatable) or quick flags: --latents with one of --add, --scale, --clamp, --at-least,
     --at-most, --ablate. Example: saeguard steer --prompt "Hello!" --latents 12 --at-least 1 --unit max
     """
+    plans = plans or []
     amounts = {"add": add, "scale": scale, "clamp": clamp, "at_least": at_least, "at_most": at_most}
     chosen = {name: amount for name, amount in amounts.items() if amount is not None}
     if bool(plans) == bool(latents):
@@ -93,9 +108,7 @@ def read_plan(name: str) -> Any:
     return Plan.load(name)
 
 
-def quick_plan(
-    sae: str, latents: str, op: tuple[str, float | None], *, when: str, unit: str, phase: str
-) -> Any:
+def quick_plan(sae: str, latents: str, op: tuple[str, float | None], *, when: str, unit: str, phase: str) -> Any:
     """The plan that the quick flags spell. Raises `BadRule` for values that no rule may have."""
     from saeguard import ops
     from saeguard.cli.latents import default_sae

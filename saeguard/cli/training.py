@@ -1,11 +1,13 @@
 """``saeguard train``: hand over to the trainer's own command line, which is read only when it is asked for."""
 
+from typing import Annotated
+
 import typer
 
 CONTEXT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
-def train(arguments: list[str] = typer.Argument(None)) -> None:
+def train(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Train an SAE on a model's activations over text that you name; see: saeguard train --help"""
     from saeguard.training.command import train_command
 

@@ -20,9 +20,7 @@ class DemoRow:
 
 BOOST = Rule(SAE_NAME, (1,), AtLeast(1.2, unit="max"), phase="generated")
 TURN = Rule(SAE_NAME, (7,), Scale(-2.0))
-SET_WHERE = Rule(
-    SAE_NAME, (3,), Clamp(1.5, when="always", unit="max"), trigger=AnyActive((2,)), phase="generated"
-)
+SET_WHERE = Rule(SAE_NAME, (3,), Clamp(1.5, when="always", unit="max"), trigger=AnyActive((2,)), phase="generated")
 
 ROWS = (
     DemoRow(

@@ -267,9 +267,7 @@ def edited(report: Report, row: int, call: int = 0) -> frozenset[int]:
     return frozenset(p for rule in report.rules for p in rule.edited_positions[call][row])
 
 
-def _tokens(
-    take: Take, row: int, rules: Sequence[Rule], saes: Mapping[str, SAE], tokenizer: Any
-) -> tuple[Token, ...]:
+def _tokens(take: Take, row: int, rules: Sequence[Rule], saes: Mapping[str, SAE], tokenizer: Any) -> tuple[Token, ...]:
     prompt = take.batch.input_ids.shape[1]
     padding = int((take.batch.attention_mask[row] == 0).sum())
     positions = edited(take.run.report, row) if take.run.rules else frozenset()

@@ -41,9 +41,9 @@ class Part:
     by_norm: Bool[Tensor, " k"] | None
     """Columns whose amounts are multiples of the norm of x, or None where there are none."""
     W_dec: Float[Tensor, "k d_in"]
-    triggers: tuple[tuple[int, AnyActive, Int[Tensor, " w"]], ...]
+    triggers: tuple[tuple[int, AnyActive, Int[Tensor, " _"]], ...]
     """Rule, trigger, and which encoded latents it watches."""
-    yields: tuple[tuple[Int[Tensor, " c"], int], ...]
+    yields: tuple[tuple[Int[Tensor, " _"], int], ...]
     """Columns that stay as they are wherever the other rule applies, because its priority is higher."""
 
     def encode(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens u"]:
@@ -137,7 +137,7 @@ def _maxima(sae: SAE, rule: Rule) -> list[float]:
 
 def _yields(
     rules: Sequence[Rule], rows: Sequence[frozenset[int] | None], columns: list[tuple[int, int]]
-) -> tuple[tuple[Int[Tensor, " c"], int], ...]:
+) -> tuple[tuple[Int[Tensor, " _"], int], ...]:
     found = []
     for low, rule in enumerate(rules):
         for high, other in enumerate(rules):

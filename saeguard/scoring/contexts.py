@@ -90,6 +90,4 @@ def _context(tokenizer: Any, ids: Tensor, kept: Tensor, place: int, value: float
         inside = slice(max(start, 0), stop)
         return tokenizer.decode(ids[inside][kept[inside]])
 
-    return Context(
-        value, text(place - around, place), text(place, place + 1), text(place + 1, place + 1 + around)
-    )
+    return Context(value, text(place - around, place), text(place, place + 1), text(place + 1, place + 1 + around))

@@ -27,9 +27,12 @@ def make_card(
     evaluation: Evaluation,
     model_source: Mapping[str, Any],
     origins: Mapping[str, Mapping[str, Any]],
+    attribution: Sequence[str] = (),
     command: str,
 ) -> dict[str, Any]:
-    """The card as a JSON object; ``origins`` has, per file name, the sources and licences to be named."""
+    """The card as a JSON object; ``origins`` has, per file name, the sources and licences of the text in it, and
+    ``attribution`` the lines in which their authors want to be named.
+    """
     assert sae.threshold is not None
     return {
         "name": sae.name,
@@ -58,6 +61,7 @@ def make_card(
         "data": _data(chunks, origins),
         "licence": "The weights and these lists are released under Apache-2.0; the texts they were derived from "
         "keep their own licences and are not included.",
+        "attribution": list(attribution),
         "versions": {"python": platform.python_version(), **_versions("torch", "transformers", "saeguard")},
     }
 
@@ -104,6 +108,17 @@ def read_origins(paths: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
                     origins[path.name] = {key: row[key] for key in ("sources", "licences") if key in row}
             break
     return origins
+
+
+def read_attribution(paths: Sequence[str | Path]) -> tuple[str, ...]:
+    """The list items of an ``ATTRIBUTION.md`` in the files' folder or the one above: all, as it may use other names."""
+    lines: dict[str, None] = {}
+    for folder in {parent for path in map(Path, paths) for parent in (path.parent, path.parent.parent)}:
+        note = folder / "ATTRIBUTION.md"
+        if note.is_file():
+            text = note.read_text(encoding="utf-8")
+            lines |= {line[2:]: None for line in text.splitlines() if line.startswith("- ")}
+    return tuple(lines)
 
 
 def save_card(card: Mapping[str, Any], folder: str | Path) -> Path:

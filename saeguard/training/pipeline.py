@@ -18,7 +18,7 @@ from saeguard.errors import TrainError
 from saeguard.loaders.native import save_sae
 from saeguard.sites import Site
 from saeguard.training.activations import ActivationStore, Batches, write_activations
-from saeguard.training.card import make_card, read_origins, save_card
+from saeguard.training.card import make_card, read_attribution, read_origins, save_card
 from saeguard.training.corpus import Chunks, read_corpus, special_ids
 from saeguard.training.describe import describe_latents, save_notes
 from saeguard.training.evaluate import evaluate_sae
@@ -134,6 +134,7 @@ def finish_site(
     save_notes(notes, folder)
     tell = None if progress is None else lambda done, total: progress(f"measuring {site}", done, total, "chunks")
     evaluation = evaluate_sae(sae, subject.model, held_out, n_ce_chunks=texts.n_ce_chunks, progress=tell)
+    files = (*texts.train, *texts.held_out)
     card = make_card(
         sae,
         config,
@@ -141,7 +142,8 @@ def finish_site(
         held_out=held_out,
         evaluation=evaluation,
         model_source=model_source(subject),
-        origins=read_origins((*texts.train, *texts.held_out)),
+        origins=read_origins(files),
+        attribution=read_attribution(files),
         command=command,
     )
     save_card(card, folder)
