@@ -1,7 +1,7 @@
 """Find a latent by a word, push it while the model writes, and compare with the plain text.
 
 python examples/01_steer_one_prompt.py
-python examples/01_steer_one_prompt.py --word medicine --amount 1.5
+python examples/01_steer_one_prompt.py --word king --amount 1.8
 """
 
 import argparse
@@ -11,9 +11,9 @@ from saeguard.latents import LatentTable
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--sae", default="smollm2-135m-instruct/resid_post.20")
-parser.add_argument("--word", default="ocean", help="what the latent should be about")
+parser.add_argument("--word", default="Earth", help="what the latent should be about")
 parser.add_argument("--amount", type=float, default=1.0, help="in multiples of the latent's recorded maximum")
-parser.add_argument("--prompt", default="What should I do on a free Saturday?")
+parser.add_argument("--prompt", default="Tell me one interesting fact.")
 options = parser.parse_args()
 
 model, tokenizer = load_model("smollm2-135m-instruct")

@@ -13,8 +13,8 @@ from saeguard.latents import LatentTable
 
 SAE_NAME = "smollm2-135m-instruct/resid_post.20"
 PROMPTS = (
-    "My favourite place to spend an afternoon is",
-    "The best thing about a long winter evening is",
+    "The journey began in",
+    "A living cell is made of",
     "Three things that every traveller should pack are",
 )
 
@@ -22,13 +22,13 @@ model, tokenizer = load_model("smollm2-135m-instruct")
 sae, table = load_sae(SAE_NAME), LatentTable.load(SAE_NAME)
 
 
-def latents(word: str) -> tuple[int, ...]:
-    """The two latents that fire on ``word`` most."""
-    return tuple(hit.row.latent for hit in table.search(word, top=2))
+def latent(word: str) -> int:
+    """The latent that ``word`` belongs to most."""
+    return table.search(word)[0].row.latent
 
 
-push = Plan((Rule(SAE_NAME, latents("ocean")[:1], AtLeast(1.0, unit="max"), phase="generated"),), name="push")
-turn = Plan((Rule(SAE_NAME, latents("winter"), Scale(-1.0)),), name="turn around")
+push = Plan((Rule(SAE_NAME, (latent("Earth"),), AtLeast(1.0, unit="max"), phase="generated"),), name="push")
+turn = Plan((Rule(SAE_NAME, (latent("cells"),), Scale(-1.0)),), name="turn around")
 
 with tempfile.TemporaryDirectory() as folder:
     push.save(Path(folder) / "push.json")

@@ -19,8 +19,10 @@ from saeguard.loaders import shipped
 
 NAMES = ("latents.jsonl.gz", "latents.json.gz", "latents.jsonl", "latents.json")
 MAX_BYTES = 256_000_000
-_WEIGHTS = {"fires_on": 4.0, "promotes": 0.5, "label": 0.5}
+_WEIGHTS = {"fires_on": 1.0, "promotes": 0.25, "label": 0.25}
 """What a word found in a field counts; labels are made from the other two, so they only break ties."""
+_BY_SHARE = 4.0
+"""How much more a word counts that is all that a latent fires on than one that is only listed."""
 _SHORTEST_PIECE = 4
 """Letters; shorter tokens are not taken for a part of a longer word."""
 
@@ -94,8 +96,8 @@ class LatentTable:
     def search(self, text: str, *, top: int = 20) -> list[Hit]:
         """The rows that have something to do with the words of ``text``, best first.
 
-        A word counts by its share of what the latent fires on, then less by its place among what it promotes, and a
-        token that is only a piece of the word counts by its length.
+        A word that the latent fires on counts most, the more the larger its share; less one that it promotes, by its
+        place there; and a token that is only a piece of the word counts by its length.
         """
         words = _words(text)
         hits = [hit for row in self.rows if (hit := _hit(row, words)) is not None]
@@ -142,6 +144,7 @@ def _words(text: str) -> list[str]:
 
 def _hit(row: LatentRow, words: Sequence[str]) -> Hit | None:
     shares = row.shares if len(row.shares) == len(row.fires_on) else _fading(len(row.fires_on))
+    shares = [1.0 + _BY_SHARE * share for share in shares]
     scores = {
         "fires_on": _sum(words, row.fires_on, shares),
         "promotes": _sum(words, row.promotes, _fading(len(row.promotes))),

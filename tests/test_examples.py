@@ -1,5 +1,6 @@
 """Every example and the README's own program run on the real model and the shipped SAEs."""
 
+import os
 import re
 import subprocess
 import sys
@@ -14,8 +15,15 @@ EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
 
 
 def run(*arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=ROOT, timeout=280
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=280,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

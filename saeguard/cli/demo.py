@@ -22,8 +22,11 @@ def demo(
     The model (SmolLM2-135M-Instruct, Apache-2.0) is fetched once and kept. Exit status 1 when a check does not hold.
     """
     with progress("starting") as tick:
+        import torch
+
         from saeguard.demo import run_demo
 
+        torch.set_num_threads(1)  # for a small model a second thread gains little, and on a busy machine costs minutes
         result = run_demo(folder, max_new_tokens=tokens, picture=picture, tick=tick)
     if as_json:
         write_json(result.scene.to_json())
@@ -56,10 +59,11 @@ def _show(result: Any) -> None:
 
 
 NEXT = (
-    ('saeguard latents search "ocean"', "find latents by what they fire on"),
-    ("saeguard latents show 1", "what one latent does"),
+    ('saeguard latents search "Earth"', "find latents by what they fire on"),
+    ("saeguard latents show 273", "what one of them reads and writes"),
     (
-        'saeguard steer --prompt "Tell me a story." --latents 1 --at-least 1.0 --unit max --page out/mine.html',
+        'saeguard steer --prompt "Tell me one interesting fact." --latents 2574 --at-least 1.8 --unit max'
+        " --phase generated --page out/mine.html",
         "push a latent of your own and look at the page",
     ),
     ("saeguard steer --help", "plans from files, one per row; clamp, scale, ablate"),

@@ -6,7 +6,11 @@ from saeguard.gates import AnyActive
 from saeguard.ops import AtLeast, Clamp, Scale
 from saeguard.plans import Plan, Rule
 
-SAE_NAME = "smollm2-135m-instruct/resid_post.18"
+SAE_NAME = "smollm2-135m-instruct/resid_post.20"
+EARTH, SUN = 273, 4284
+CELLS = 3502
+STARS, LOVE = 4019, 436
+"""Latents of that SAE, by what they fire on most; `saeguard latents show` says more."""
 
 
 @dataclass(frozen=True)
@@ -18,15 +22,13 @@ class DemoRow:
     plan: Plan | None
 
 
-BOOST = Rule(SAE_NAME, (1,), AtLeast(1.2, unit="max"), phase="generated")
-TURN = Rule(SAE_NAME, (7,), Scale(-2.0))
-SET_WHERE = Rule(SAE_NAME, (3,), Clamp(1.5, when="always", unit="max"), trigger=AnyActive((2,)), phase="generated")
+PUSH = Rule(SAE_NAME, (EARTH, SUN), AtLeast(0.8, unit="max"), phase="generated")
+TURN = Rule(SAE_NAME, (CELLS,), Scale(-1.0))
+SET_WHERE = Rule(SAE_NAME, (LOVE,), Clamp(1.5, when="always", unit="max"), trigger=AnyActive((STARS,)))
 
 ROWS = (
-    DemoRow(
-        "Boost a topic in every answer", "Suggest something nice to do on a free Saturday.", Plan((BOOST,), "boost")
-    ),
-    DemoRow("Turn a topic around", "Explain how plants make their food.", Plan((TURN,), "turn around")),
-    DemoRow("Act only where something fires", "Why do people visit a doctor?", Plan((SET_WHERE,), "where it fires")),
+    DemoRow("Push a topic into every answer", "Tell me one interesting fact.", Plan((PUSH,), "push Earth and Sun")),
+    DemoRow("Turn a topic around", "What is a cell?", Plan((TURN,), "turn cells around")),
+    DemoRow("Act only where something fires", "Why do stars shine?", Plan((SET_WHERE,), "love where stars are")),
     DemoRow("Leave a row alone", "Give me three tips for learning a language.", None),
 )

@@ -248,13 +248,23 @@ def make_lines(
             Line(
                 title=titles[row] if titles else f"Row {row + 1}",
                 prompt=plain.batch.prompts[row],
-                rules=tuple(str(rule) for rule in rules),
+                rules=tuple(in_words(rule) for rule in rules),
                 latents=tuple(dict.fromkeys(latent for rule in rules for latent in reads(rule))),
                 plain=_tokens(plain, row, rules, saes, tokenizer),
                 steered=_tokens(steered, row, rules, saes, tokenizer),
             )
         )
     return tuple(lines)
+
+
+def in_words(rule: Rule) -> str:
+    """The rule as its report names it, and where it acts."""
+    parts = [str(rule)]
+    if rule.phase != "all":
+        parts.append(f"{rule.phase} tokens")
+    if rule.trigger is not None:
+        parts.append(f"where any of {list(rule.trigger.latents)} is above {rule.trigger.threshold:g}")
+    return ", ".join(parts)
 
 
 def reads(rule: Rule) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ with the two latents with the largest value^2 / (latent's total * word's total).
 the pieces of the same word before it ("phot", "osynthesis" -> "photosynthesis"): the model has seen those and not what
 follows. ``promotes`` is the logit lens by cosine: the decoder row times the final norm's weight, with the token's
 centred unembedding row, because rare word pieces have long rows and would fill every list. Where the cosine is no more
-than the best of a vocabulary of random rows reaches, the label leaves it out. Tokens with a massive norm are not counted:
-they fire many latents at ten to a hundred times the usual height. Only single words and tokens are kept, never a passage.
+than the best of a vocabulary of random rows reaches, the label leaves it out. Tokens with a massive norm do not count:
+they fire many latents at ten to a hundred times the usual height. Only single words and tokens are kept, no passage.
 """
 
 import gzip
