@@ -25,6 +25,7 @@
     |  |- BrokenFile            truncated, wrong shapes, wrong dtypes, not finite
     |  |- HashMismatch          the bytes are not the pinned ones
     |  '- ModelUnavailable      neither the hub nor the package index has the model for us
+    |- MissingExtra           an optional package is not installed
     |- TrainError             training cannot start or go on
     '- GuardError             the model may have run without its edits
        |- GuardNotApplied       a forward pass went by and an edit did not run
@@ -147,6 +148,10 @@ class HashMismatch(LoadError):
 
 class ModelUnavailable(LoadError):
     """Neither the hub nor the package index could give the model."""
+
+
+class MissingExtra(SaeguardError):
+    """Something optional that was asked for needs a package that is not installed."""
 
 
 class TrainError(SaeguardError):

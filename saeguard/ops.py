@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from saeguard.errors import BadRule
 
-Amount = float | tuple[float, ...]
-"""One number for all latents of a rule, or one per latent in the rule's order."""
+Amount = int | float | list[int | float] | tuple[int | float, ...]
+"""One number for all latents of a rule, or one per latent in the rule's order; kept as floats."""
 
 Unit = Literal["activation", "max", "norm"]
 """Activation units; multiples of the latent's recorded maximum; multiples of the norm of x at that token."""

@@ -71,6 +71,4 @@ def _sum_up(number: int, bound: BoundRule, calls: Sequence[CallRecord]) -> RuleR
         share += float((norms / table.x_norm[mine].double()).sum())
         where.append(positions(mine, table.absolute, call.per_request))
     n = max(edited, 1)
-    return RuleReport(
-        str(bound.rule), str(bound.site), seen, selected, edited, delta / n, share / n, tuple(where)
-    )
+    return RuleReport(str(bound.rule), str(bound.site), seen, selected, edited, delta / n, share / n, tuple(where))

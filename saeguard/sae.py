@@ -149,7 +149,5 @@ class SAE:
         return digest.hexdigest()
 
 
-def _activate(
-    pre: Float[Tensor, "*tokens k"], threshold: Float[Tensor, " k"] | None
-) -> Float[Tensor, "*tokens k"]:
+def _activate(pre: Float[Tensor, "*tokens k"], threshold: Float[Tensor, " k"] | None) -> Float[Tensor, "*tokens k"]:
     return pre.relu() if threshold is None else torch.where(pre > threshold.float(), pre, 0.0)

@@ -14,8 +14,10 @@ STREAMS = {
     "attn_z": "the heads' outputs side by side, before the output projection",
 }
 
-_TRANSFORMER_LENS = re.compile(r"blocks\.(\d+)\.(?:hook_(resid_pre|resid_post|attn_out|mlp_out|mlp_in)|attn\.hook_(z))")
-_HUGGING_FACE = re.compile(r"(?:model|transformer|gpt_neox)\.(?:layers|h)\.(\d+)")
+_TRANSFORMER_LENS = re.compile(
+    r"blocks\.(\d{1,9})\.(?:hook_(resid_pre|resid_post|attn_out|mlp_out|mlp_in)|attn\.hook_(z))"
+)
+_HUGGING_FACE = re.compile(r"(?:model|transformer|gpt_neox)\.(?:layers|h)\.(\d{1,9})")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Site:
         if match := _HUGGING_FACE.fullmatch(text):
             return cls("resid_post", int(match[1]))
         stream, dot, layer = text.rpartition(".")
-        if not dot or not re.fullmatch(r"-?\d+", layer):
+        if not dot or not re.fullmatch(r"-?\d{1,9}", layer):
             raise SiteNotFound(
                 f"site {text!r}",
                 "that is not a stream and a layer",

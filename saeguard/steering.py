@@ -33,8 +33,17 @@ T = TypeVar("T")
 class Run:
     """A steer block: what is applied, and after or during it, `report`."""
 
-    def __init__(self, plans: Sequence[Plan | None], rules: tuple[BoundRule, ...], editors: dict[Site, Editor],
-                 saes: Mapping[str, SAE], *, every_row: bool, special_ids: Iterable[int], prompt_tokens: int | tuple[int, ...] | None):  # fmt: skip
+    def __init__(
+        self,
+        plans: Sequence[Plan | None],
+        rules: tuple[BoundRule, ...],
+        editors: dict[Site, Editor],
+        saes: Mapping[str, SAE],
+        *,
+        every_row: bool,
+        special_ids: Iterable[int],
+        prompt_tokens: int | tuple[int, ...] | None,
+    ):
         self.plans = tuple(plans)
         self.rules = rules
         self.editors = editors
@@ -159,7 +168,9 @@ def _check_fit(sae: SAE, place: Place, engine: Engine) -> None:
             "Was this SAE trained on another model or another stream?",
         )
     shape, wanted = engine.model_shape(), sae.manifest.get("model_shape", {})
-    differing = [f"{key} {wanted[key]} (here {shape[key]})" for key in wanted if shape.get(key, wanted[key]) != wanted[key]]
+    differing = [
+        f"{key} {wanted[key]} (here {shape[key]})" for key in wanted if shape.get(key, wanted[key]) != wanted[key]
+    ]
     if differing:
         raise WrongModel(
             f"SAE {sae.name} at {place.site}",

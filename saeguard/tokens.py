@@ -76,10 +76,9 @@ class TokenBatch:
     def upto(self, column: int) -> "TokenBatch":
         """The tokens before ``column``."""
         n = column - self.column
-        parts = (self.real, self.absolute, self.special, self.since_prompt)
-        real, absolute, special, since = (None if part is None else part[:, :n] for part in parts)
-        assert real is not None and absolute is not None
-        return TokenBatch(real, absolute, special, since, self.column)
+        special = None if self.special is None else self.special[:, :n]
+        since = None if self.since_prompt is None else self.since_prompt[:, :n]
+        return TokenBatch(self.real[:, :n], self.absolute[:, :n], special, since, self.column)
 
     def _select(self, where: Where) -> Mask:
         selected = self.real

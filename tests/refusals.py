@@ -240,6 +240,12 @@ def mask_given_by_position(model: nn.Module, block: Block) -> None:
         model(IDS, torch.ones_like(IDS))
 
 
+@refused(errors.UnsupportedMode, r"Call model\.generate\(\.\.\.\), not the class's function")
+def generate_of_the_class(model: nn.Module, block: Block) -> None:
+    with block(model):
+        type(model).generate(model, IDS, max_new_tokens=2, do_sample=False, num_beams=2)
+
+
 @refused(errors.UnsupportedMode, "Use a transformers Cache, such as DynamicCache")
 def cache_of_an_unknown_kind(model: nn.Module, block: Block) -> None:
     with block(model):

@@ -9,8 +9,9 @@ import torch
 
 from saeguard import AtLeast, Plan, Rule, Scale, Site
 from saeguard.drawing.page import render, write_page
-from saeguard.drawing.picture import MissingExtra, write_picture
+from saeguard.drawing.picture import write_picture
 from saeguard.drawing.scene import Batch, Line, Proof, Scene, Token, edited, make_lines, play, sites_of
+from saeguard.errors import MissingExtra
 from tests.tiny import BOS, PAD, prompt, tiny_model, tiny_sae
 
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from saeguard import Add, Plan, Rule, Site, steer
 from saeguard.engines import hf
 from saeguard.engines.traced import is_traced
-from saeguard.errors import CompiledModel, GuardNotApplied, PhaseUnknown, SiteNotFound
+from saeguard.errors import CompiledModel, GuardNotApplied, SiteNotFound
 from tests import modes, refusals
 from tests.counts import FULL
 from tests.tiny import fresh_model, tiny_model, tiny_sae
@@ -239,19 +239,6 @@ def test_second_turn_goes_on_where_the_first_one_ended(name):
 
 def past_length(sequence: Tensor, cached: list[int]) -> int:
     return max(len(cached), sequence.shape[1] - 1)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_generate_called_on_the_class_is_edited_and_phases_are_refused(name):
-    model = tiny_model(name)
-    with block_of(ALL)(model) as run:
-        out = type(model).generate(model, modes.IDS[:1], **modes.GREEDY)
-        ours = model.generate(modes.IDS[:1], **modes.GREEDY)
-
-    assert torch.equal(out, ours)
-    assert edited(run)[0][0] == edited(run)[0][1]
-    with pytest.raises(PhaseUnknown, match=r"prompt_tokens=n"), block_of(GENERATED)(model):
-        type(model).generate(model, modes.IDS, **modes.GREEDY)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

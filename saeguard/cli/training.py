@@ -9,7 +9,7 @@ CONTEXT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 def train(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Train an SAE on a model's activations over text that you name; see: saeguard train --help"""
-    from saeguard.training.command import train_command
+    from saeguard.cli.train_command import train_command
 
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     alone.command()(train_command)

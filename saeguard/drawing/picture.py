@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from saeguard.drawing.scene import Line, Scene, Token
-from saeguard.errors import SaeguardError
+from saeguard.errors import MissingExtra
 
 INK, SOFT, EDIT, GRID = "#1c1d21", "#6a6d76", "#2f6fdb", "#ffffff"
 HEAT = ("#f4f2ec", "#fbd9b5", "#f3a261", "#e0691f", "#8f2f0b")
@@ -15,10 +15,6 @@ WIDTH_IN, HEAD_IN, PANEL_IN, DPI = 15.0, 1.0, 2.8, 130
 MOST_TOKENS = 64
 """Shown per row: the end of the prompt and the beginning of the answer."""
 PROMPT_TOKENS = 14
-
-
-class MissingExtra(SaeguardError):
-    """Something optional that was asked for needs a package that is not installed."""
 
 
 def write_picture(scene: Scene, path: str | Path) -> Path:

@@ -122,8 +122,10 @@ class Engine(Protocol):
         """Read the arguments of a generate call. Raises `UnsupportedMode`."""
         ...
 
+    def is_generating(self) -> bool:
+        """Whether the caller is a generate call of the model: one that no request was read for."""
+        ...
+
     def read_ends(self, output: Any, request: Request, kwargs: Mapping[str, Any]) -> Tensor | None:
         """Per forward row, the first column whose token was not used, from what generate returned."""
         ...
-
-

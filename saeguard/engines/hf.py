@@ -1,13 +1,15 @@
 """The Hugging Face engine: transformers models as they come out of ``from_pretrained``."""
 
+import inspect
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from saeguard.engines.base import Pass, Place, Request
@@ -124,6 +126,14 @@ class HuggingFace:
         columns = max(shown.shape[1], mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else 0)
         return Request(shown.shape[0], copies, beams > 1, columns)
 
+    def is_generating(self) -> bool:
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is _GENERATE and frame.f_locals.get("self") is self.model:
+                return True
+            frame = frame.f_back
+        return False
+
     def read_ends(self, output: Any, request: Request, kwargs: Mapping[str, Any]) -> Tensor | None:
         ids = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
         if ids is None:
@@ -194,6 +204,7 @@ class HuggingFace:
         return device
 
 
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 _FOREIGN_PASSES = (
     "custom_generate", "negative_prompt_ids", "guidance_scale", "dola_layers", "penalty_alpha", "assistant_early_exit"
 )  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from saeguard.axes import Stream
 from saeguard.editor import Edit, Editor
 from saeguard.engines.base import Engine, Pass, Place, Request, outside_graphs
-from saeguard.errors import GuardNotApplied, ModelBusy, TokensUnknown, UnstableEdit
+from saeguard.errors import GuardNotApplied, ModelBusy, TokensUnknown, UnstableEdit, UnsupportedMode
 from saeguard.ledger import CallRecord
 from saeguard.sites import Site
 from saeguard.tokens import TokenBatch, is_special, read_mask
@@ -212,6 +212,12 @@ class Session:
     def _call_for(self, seen: Pass) -> Call:
         if (call := getattr(self._local, "call", None)) is not None:
             return call
+        if self.engine.is_generating():
+            raise UnsupportedMode(
+                "a generate call that went around saeguard",
+                "how its rows belong to the request and where its prompt ends is unknown",
+                "Call model.generate(...), not the class's function or one that was kept from before the block.",
+            )
         last = getattr(self._local, "loose", None)
         if last is None or not last.continues(seen.cache, seen.column):
             last = self._local.loose = Call(None)

@@ -121,7 +121,7 @@ def _numbers(sae: SAE, rules: Sequence[Rule]) -> dict[str, Float[Tensor, " k"]]:
 
 
 def _spread(amount: Amount, k: int) -> list[float]:
-    return list(amount) if isinstance(amount, tuple) else [amount] * k
+    return list(amount) if isinstance(amount, tuple | list) else [amount] * k
 
 
 def _maxima(sae: SAE, rule: Rule) -> list[float]:

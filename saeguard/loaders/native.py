@@ -25,6 +25,11 @@ MAX_HEADER_BYTES = 4_000_000
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 _REQUIRED = {"W_enc", "b_enc", "W_dec", "b_dec"}
 _OPTIONAL = {"threshold", "maximum"}
+_TEXT, _NUMBER = (str, type(None)), (int, type(None))
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "name": (str,), "top_k": _NUMBER, "site": _TEXT, "model": _TEXT, "manifest": (dict,),
+}  # fmt: skip
+_MODE = 0o644
 
 
 def recognises(source: Path) -> bool:
@@ -77,6 +82,7 @@ def save_sae(sae: SAE, path: str | Path) -> Path:
     temporary = target.with_suffix(".partial")
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary,
               metadata={"saeguard": json.dumps(meta, sort_keys=True)})  # fmt: skip
+    temporary.chmod(_MODE)  # safetensors writes files that only their owner can read
     os.replace(temporary, target)
     return target
 
@@ -107,15 +113,18 @@ def _header(path: Path) -> dict[str, Any]:
 def _meta(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     try:
         meta = json.loads(header["__metadata__"]["saeguard"])
-        schema, name, activation = meta["schema"], meta["name"], meta["activation"]
+        schema, activation, _ = meta["schema"], meta["activation"], meta["name"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _broken(path, f"the saeguard header lacks {error}") from error
     if schema != SCHEMA:
         raise UnsupportedFormat(
             f"SAE file {path.name}", f"its schema is {schema!r}, this version reads {SCHEMA}", "Update saeguard."
         )
-    if not isinstance(name, str) or activation not in ("relu", "jumprelu", "topk"):
-        raise _broken(path, f"name {name!r} and activation {activation!r}")
+    if activation not in ("relu", "jumprelu", "topk"):
+        raise _broken(path, f"activation {activation!r}")
+    for key, kinds in _FIELDS.items():
+        if key in meta and not isinstance(meta[key], kinds) or isinstance(meta.get(key), bool):
+            raise _broken(path, f"{key} {meta[key]!r}")
     return meta
 
 
@@ -125,7 +134,9 @@ def _check_tensors(path: Path, header: dict[str, Any]) -> None:
         raise _broken(path, f"tensors {sorted(names)}, not {sorted(_REQUIRED)} with {sorted(_OPTIONAL)} optional")
     size = path.stat().st_size
     for name in names:
-        entry = header[name]
-        dtype, shape = entry.get("dtype"), entry.get("shape", [])
-        if dtype not in _DTYPES or len(shape) > 2 or math.prod(shape) > size:
+        entry = header[name] if isinstance(header[name], dict) else {}
+        dtype, shape = entry.get("dtype"), entry.get("shape")
+        lengths = shape if isinstance(shape, list) else [None]
+        numbers = all(type(length) is int and length >= 0 for length in lengths)
+        if dtype not in _DTYPES or not numbers or len(lengths) > 2 or math.prod(lengths) > size:
             raise _broken(path, f"tensor {name} is {dtype} {shape} in a file of {size} bytes")

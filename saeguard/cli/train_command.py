@@ -1,4 +1,4 @@
-"""``saeguard train``: the command line in front of `pipeline`."""
+"""``saeguard train``: the command line in front of `saeguard.training.pipeline`."""
 
 import glob
 import json
