@@ -60,17 +60,17 @@ def decode_ratios(batch: int, rounds: int, tokens: int) -> dict[str, float]:
     sae = load_sae(names[-1]) if names else random_sae(576, 4608, Site("resid_post", 20))
     whole = sae.to(dtype=torch.float32)
     block = model.model.layers[sae.site.layer]
-    ids = tokenizer(["Tell me about the sea."] * batch, return_tensors="pt").input_ids
+    inputs = tokenizer(["Tell me about the sea."] * batch, return_tensors="pt")
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     plan = Plan((Rule(sae.name, LATENTS, OP),))
 
     def plain() -> None:
-        model.generate(ids, **options)
+        model.generate(**inputs, **options)
 
     def dense() -> None:
         hook = block.register_forward_hook(lambda module, args, output: dense_edit(output, whole.W_enc, whole))
         try:
-            model.generate(ids, **options)
+            model.generate(**inputs, **options)
         finally:
             hook.remove()
 

@@ -154,8 +154,8 @@ def steer(
 
 
 def _load(plans: Sequence[Plan | None], saes: SAE | Iterable[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
-    listed: Iterable[Any] = [saes] if isinstance(saes, SAE) else saes
-    given = dict(saes) if isinstance(saes, Mapping) else {sae.name: sae for sae in listed}
+    listed: Any = [saes] if isinstance(saes, SAE) else saes
+    given: dict[str, SAE] = dict(listed) if isinstance(saes, Mapping) else {sae.name: sae for sae in listed}
     wanted = dict.fromkeys(rule.sae for plan in plans if plan is not None for rule in plan.rules)
     return {name: given[name] if name in given else load_sae(name) for name in wanted}
 

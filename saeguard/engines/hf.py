@@ -204,7 +204,8 @@ class HuggingFace:
         return device
 
 
-_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+_MIXIN: Any = GenerationMixin
+_GENERATE = inspect.unwrap(_MIXIN.generate).__code__
 _FOREIGN_PASSES = (
     "custom_generate", "negative_prompt_ids", "guidance_scale", "dola_layers", "penalty_alpha", "assistant_early_exit"
 )  # fmt: skip

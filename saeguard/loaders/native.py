@@ -136,7 +136,7 @@ def _check_tensors(path: Path, header: dict[str, Any]) -> None:
     for name in names:
         entry = header[name] if isinstance(header[name], dict) else {}
         dtype, shape = entry.get("dtype"), entry.get("shape")
-        lengths = shape if isinstance(shape, list) else [None]
+        lengths: list[Any] = shape if isinstance(shape, list) else [None]
         numbers = all(type(length) is int and length >= 0 for length in lengths)
         if dtype not in _DTYPES or not numbers or len(lengths) > 2 or math.prod(lengths) > size:
             raise _broken(path, f"tensor {name} is {dtype} {shape} in a file of {size} bytes")
