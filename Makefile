@@ -30,10 +30,10 @@ help: ## Show this list.
 demo: $(VENV)/.demo ## Steer a real model and show what changed.
 	$(BIN)/saeguard demo $(ARGS)
 
-test: $(VENV)/.dev ## Run the tests on tiny random models.
+test: $(VENV)/.model ## Run the tests, on tiny random models and on the demo model.
 	$(PYTEST) $(ARGS)
 
-test-full: $(VENV)/.dev ## All tests, real model and all random cases; JOBS=4 runs in parallel, MARKS picks.
+test-full: $(VENV)/.model ## All tests, real model and all random cases; JOBS=4 runs in parallel, MARKS picks.
 	SAEGUARD_FULL=1 $(PYTEST) --timeout=1800 -n $(JOBS) -m "$(MARKS)" $(ARGS)
 
 check: $(VENV)/.dev ## Lint, format, types, layers, exports, README map, sizes.
@@ -73,3 +73,8 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[demo,dev]'
 	@touch $(VENV)/.demo $@
+
+# The tests need no network: the model that some of them run on is fetched here, once per cache.
+$(VENV)/.model: $(VENV)/.dev
+	$(BIN)/saeguard models --fetch smollm2-135m-instruct
+	@touch $@

@@ -1,17 +1,24 @@
-"""Steer LLMs and make them unlearn at inference time, through the latents of sparse autoencoders."""
+"""Steer LLMs and make them unlearn at inference time, through the latents of sparse autoencoders.
 
-from saeguard.capturing import Tape, capture
-from saeguard.engines.layouts import Layout
-from saeguard.errors import SaeguardError
-from saeguard.gates import AnyActive
-from saeguard.loaders import load_sae
-from saeguard.models import load_model
-from saeguard.ops import Ablate, Add, AtLeast, AtMost, Clamp, Scale
-from saeguard.plans import Plan, Rule
-from saeguard.reports import Report
-from saeguard.sae import SAE
-from saeguard.sites import Site
-from saeguard.steering import Run, steer
+Names are looked up when they are first used: ``saeguard --help`` should not wait for torch and transformers.
+"""
+
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from saeguard.capturing import Tape, capture
+    from saeguard.engines.layouts import Layout
+    from saeguard.errors import SaeguardError
+    from saeguard.gates import AnyActive
+    from saeguard.loaders import load_sae
+    from saeguard.models import load_model
+    from saeguard.ops import Ablate, Add, AtLeast, AtMost, Clamp, Scale
+    from saeguard.plans import Plan, Rule
+    from saeguard.reports import Report
+    from saeguard.sae import SAE
+    from saeguard.sites import Site
+    from saeguard.steering import Run, steer
 
 __version__ = "0.1.0"
 
@@ -37,3 +44,30 @@ __all__ = [
     "load_sae",
     "steer",
 ]
+
+_HOMES = {
+    "capturing": ("Tape", "capture"),
+    "engines.layouts": ("Layout",),
+    "errors": ("SaeguardError",),
+    "gates": ("AnyActive",),
+    "loaders": ("load_sae",),
+    "models": ("load_model",),
+    "ops": ("Ablate", "Add", "AtLeast", "AtMost", "Clamp", "Scale"),
+    "plans": ("Plan", "Rule"),
+    "reports": ("Report",),
+    "sae": ("SAE",),
+    "sites": ("Site",),
+    "steering": ("Run", "steer"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'saeguard' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"saeguard.{_HOME_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -205,8 +205,14 @@ def test_unknown_model_is_refused_in_words():
     assert "no demo model has this name and no local folder is there" in result.stderr
 
 
-def test_train_hands_over_to_the_trainer(tmp_path):
+def test_train_says_which_argument_is_missing(tmp_path):
     assert "Missing argument" in flat(run("train", "--out", tmp_path, status=2).stderr)
+
+
+def test_train_refuses_a_pattern_that_matches_nothing(tmp_path):
+    result = run("train", tmp_path / "*.txt", "--validation", "x", "--out", tmp_path, status=2)
+
+    assert "no file is there. Check the path; quote a pattern." in flat(result.stderr)
 
 
 def test_no_command_file_imports_anything_heavy():

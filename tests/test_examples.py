@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from saeguard.loaders import shipped
-
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
 
@@ -49,14 +47,10 @@ def test_readme_has_a_program_of_twelve_lines_at_most():
     compile(first, "README.md", "exec")
 
 
-@pytest.mark.full
-@pytest.mark.skipif(not shipped(), reason="no SAE ships with this checkout")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path):
     assert run(str(path)).strip()
 
 
-@pytest.mark.full
-@pytest.mark.skipif(not shipped(), reason="no SAE ships with this checkout")
 def test_readme_program_runs():
     assert run("-c", readme_programs()[0]).strip()
