@@ -16,7 +16,7 @@ from saeguard.engines import engine_for
 from saeguard.engines.base import Engine, Place, Request
 from saeguard.engines.layouts import Layout
 from saeguard.engines.session import View, join, leave, participants
-from saeguard.errors import BadRule, OverlappingRules, PlanNeverRan, RowsMismatch, WidthMismatch, WrongModel
+from saeguard.errors import BadRule, MissingBOS, OverlappingRules, PlanNeverRan, RowsMismatch, WidthMismatch, WrongModel
 from saeguard.kernels.pick import KernelName
 from saeguard.ledger import CallRecord, Entry
 from saeguard.loaders import load_sae
@@ -215,10 +215,21 @@ def _prompt_tokens(given: int | Sequence[int] | None) -> int | tuple[int, ...] |
     return given if given is None or isinstance(given, int) else numbers
 
 
+def _check_bos(tokenizer: Any, saes: Mapping[str, SAE]) -> None:
+    for sae in saes.values():
+        if sae.manifest.get("bos") and tokenizer.bos_token_id is None:  # an id of 0 is a BOS like any other
+            raise MissingBOS(
+                f"SAE {sae.name} with a {type(tokenizer).__name__}",
+                "the SAE was trained on text behind a BOS token, and this tokenizer has none",
+                "Use the model's own tokenizer, or say special_ids=... and put a BOS in front yourself.",
+            )
+
+
 def _special_ids(given: Iterable[int] | None, tokenizer: Any, engine: Engine, saes: Mapping[str, SAE]) -> set[int]:
     if given is not None:
         return set(given)
     if tokenizer is not None:
+        _check_bos(tokenizer, saes)
         return set(tokenizer.all_special_ids)
     found = set(engine.special_ids())
     for sae in saes.values():

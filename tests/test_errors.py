@@ -180,6 +180,11 @@ CASES: dict[str, Case] = {
     "unstable edit in bfloat16": (errors.UnstableEdit, "nothing was sampled", lambda _: run(rule(1, 2, op=Add(3e38)), model=copy.deepcopy(tiny_model()).bfloat16())),
     "meta device": (errors.MetaDevice, "Load it with from_pretrained", lambda _: run(add_plan(1), model=meta_model())),
     "rows": (errors.RowsMismatch, "3 plans.*4 rows. Give as many plans as rows", lambda _: run([add_plan(1)] * 3, ids=prompt(4, 5))),
+    "no BOS for this SAE": (
+        errors.MissingBOS,
+        "Use the model's own tokenizer",
+        lambda folder: run(rule(1), replace(SAE, manifest={"bos": True}), tokenizer=no_bos()),
+    ),
     "no BOS": (errors.MissingBOS, "Set tokenizer.bos_token", lambda folder: corpus(folder, "", no_bos())),
     "no site table": (errors.UnsupportedModel, r"'bloom'.*Pass layout=Layout\(blocks=", lambda _: run(add_plan(1), model=bloom())),
     "module of no library": (errors.UnsupportedModel, r"Pass layout=Layout\(blocks=", lambda _: run(add_plan(1), model=nn.Linear(2, 2))),
