@@ -128,6 +128,7 @@ class Editor:
             chosen = tokens.select(wheres[0])[..., None]
         else:
             chosen = torch.stack([tokens.select(where) for where in wheres], dim=-1)
+        chosen, covers = chosen.to(x.device), covers.to(x.device)  # with a device map ids and stream can part
         selected = chosen & covers[:, None, index]
         dx, df = self._kernel(x, part, selected)
         return dx, PartEdit(part, members, selected, df)

@@ -15,6 +15,7 @@
     |  |- SiteNotFound          unknown stream, layer out of range
     |  |- WidthMismatch         the SAE reads vectors of another width
     |  |- WrongModel            the SAE's manifest names another model
+    |  |- AmbiguousSAE          two SAEs of one name were given
     |  |- LatentOutOfRange      the SAE has fewer latents than that
     |  |- NotSliceable          the activation ranks latents, so some cannot be computed alone
     |  |- MissingMaximum        unit="max" without recorded maximum activations
@@ -108,6 +109,10 @@ class WidthMismatch(BindError):
 
 class WrongModel(BindError):
     """The SAE's manifest names another model or another site."""
+
+
+class AmbiguousSAE(BindError):
+    """Two different SAEs of one name were given, and rules find their SAE by name."""
 
 
 class LatentOutOfRange(BindError):

@@ -27,7 +27,7 @@ class AnyActive:
     """Fires at tokens where any watched latent is above ``threshold``, in activation units, strictly.
 
     ``AnyActive(S)`` with ``Clamp(-c, when="always")`` on S is the dense hot-token clamp of DSG; watching harmful
-    latents and setting a refusal latent is the refusal clamp.
+    latents and setting a refusal latent is the refusal clamp. Over no latents it never fires.
     """
 
     latents: tuple[int, ...]
@@ -36,6 +36,10 @@ class AnyActive:
     def __post_init__(self):
         object.__setattr__(self, "latents", as_latents("AnyActive", self.latents))
         object.__setattr__(self, "threshold", as_amount("AnyActive threshold", self.threshold))
+        if not isinstance(self.threshold, float):
+            raise BadRule(
+                f"AnyActive with threshold={self.threshold}", "that is not one number", "Give one threshold for all."
+            )
 
     def fires(self, f: Float[Tensor, "*tokens k"]) -> Bool[Tensor, "*tokens"]:
         return (f > self.threshold).any(-1)

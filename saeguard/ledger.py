@@ -27,12 +27,16 @@ class Entry:
     covers: Bool[Tensor, "batch rules"]
     edit: Edit
     x_norm: Float[Tensor, "batch pos"]
+    moved: Mask
+    """Tokens whose x really is another one: a change can be smaller than the stream's dtype can hold."""
 
 
 @dataclass(eq=False)
 class Table:
     """The tokens of one call at one site, ``row column`` and ``row column rule``."""
 
+    start: int
+    """The column of the first token: not 0 where the call began with a cache that held some."""
     absolute: Int[Tensor, "row column"]
     real: Bool[Tensor, "row column"]
     x_norm: Float[Tensor, "row column"]
@@ -44,8 +48,10 @@ class Table:
 
     def extended(self, other: "Table", column: int) -> "Table":
         """This table up to ``column``, then ``other``."""
-        names = self.__dataclass_fields__
-        return Table(**{n: torch.cat([getattr(self, n)[:, :column], getattr(other, n)], dim=1) for n in names})
+        kept = max(column - self.start, 0)
+        names = [name for name in self.__dataclass_fields__ if name != "start"]
+        parts = {name: torch.cat([getattr(self, name)[:, :kept], getattr(other, name)], dim=1) for name in names}
+        return Table(start=min(self.start, other.start), **parts)
 
 
 @dataclass(eq=False)
@@ -92,7 +98,7 @@ class CallRecord:
         table = self.tracks[site].table() if site in self.tracks else None
         if table is None or self.ends is None:
             return table
-        kept = torch.arange(table.real.shape[1]) < self.ends[:, None]
+        kept = table.start + torch.arange(table.real.shape[1]) < self.ends[:, None]
         table.real = table.real & kept
         for name in ("covered", "selected", "edited"):
             setattr(table, name, getattr(table, name) & kept[..., None])
@@ -104,16 +110,17 @@ def _tabulate(entry: Entry) -> Table:
     real = entry.tokens.real.cpu()
     shape = (*real.shape, rules)
     selected, edited = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-    delta = torch.zeros(shape)
+    delta, moved = torch.zeros(shape), entry.moved.cpu()
     for piece in entry.edit.parts:
         df, owner = piece.df.detach().cpu(), piece.part.rule.cpu()
         W_dec = piece.part.W_dec.detach().cpu()
         for local, rule in enumerate(piece.rules):
             mine = owner == local
             selected[..., rule] = piece.selected[..., local].cpu()
-            edited[..., rule] = (df[..., mine] != 0).any(-1)
+            edited[..., rule] = (df[..., mine] != 0).any(-1) & moved
             delta[..., rule] = torch.linalg.vector_norm(df[..., mine] @ W_dec[mine], dim=-1)
     return Table(
+        start=entry.tokens.column,
         absolute=entry.tokens.absolute.cpu(),
         real=real,
         x_norm=entry.x_norm.detach().float().cpu(),

@@ -114,7 +114,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(name) if Path(name).is_dir() else fetch_model(str(name), cache_dir=cache_dir)
+    known = any(str(name).lower() in (demo.name, demo.hub.lower()) for demo in DEMO_MODELS)
+    folder = Path(name) if not known and Path(name).is_dir() else fetch_model(str(name), cache_dir=cache_dir)
     with _quiet_transformers():
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -153,7 +153,7 @@ def as_amount(what: str, amount: Any) -> Amount:
             raise BadRule(
                 what, f"{number!r:.40} is not a finite number", "Amounts are finite floats, or a tuple of them."
             )
-    floats = tuple(float(number) for number in numbers)
+    floats = tuple(float(number) + 0.0 for number in numbers)
     return floats if isinstance(amount, tuple | list) else floats[0]
 
 

@@ -51,6 +51,10 @@ class Rule:
         object.__setattr__(self, "latents", as_latents("rule", self.latents))
         if isinstance(self.site, str):
             object.__setattr__(self, "site", Site.parse(self.site))
+        if self.site is not None and not isinstance(self.site, Site):
+            raise BadRule(f"rule with site={self.site!r}", "that is not a site", "Use Site('resid_post', 12).")
+        if self.trigger is not None and type(self.trigger) not in TRIGGERS.values():
+            raise BadRule(f"rule with trigger={self.trigger!r}", "that is not a trigger", "Use AnyActive(latents).")
         if type(self.op) not in OPS.values():
             raise BadRule(f"rule with op={self.op!r}", "that is not an op", f"Ops: {', '.join(OPS)}.")
         if self.priority is not None and (isinstance(self.priority, bool) or not isinstance(self.priority, int)):

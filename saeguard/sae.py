@@ -47,6 +47,9 @@ class SAE:
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        self._check_activation()
+        if self.W_enc.ndim != 2:
+            raise BrokenFile(f"SAE {self.name}", f"W_enc is {tuple(self.W_enc.shape)}", "W_enc is (d_in, d_sae).")
         d_in, d_sae = self.W_enc.shape
         expected = {"b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
         if self.activation == "jumprelu":
@@ -63,6 +66,16 @@ class SAE:
                 )
         if self.activation == "topk" and not 0 < (self.top_k or 0) <= d_sae:
             raise BrokenFile(f"SAE {self.name} with activation topk", f"top_k is {self.top_k}", f"Give 1..{d_sae}.")
+
+    def _check_activation(self) -> None:
+        wanted = {"relu": (False, False), "jumprelu": (True, False), "topk": (False, True)}.get(self.activation)
+        found = (self.threshold is not None, self.top_k is not None)
+        if found != wanted:
+            raise BrokenFile(
+                f"SAE {self.name} with activation {self.activation!r}",
+                f"it comes {'with' if found[0] else 'without'} threshold and {'with' if found[1] else 'without'} top_k",
+                "relu has neither, jumprelu has a threshold per latent, topk has top_k.",
+            )
 
     @property
     def d_in(self) -> int:
@@ -135,9 +148,8 @@ class SAE:
 
     @cached_property
     def key(self) -> str:
-        """A cheap identity: two SAEs of the same name, shape and encoder biases are taken for the same one."""
-        biases = self.b_enc.detach().float().cpu().contiguous().numpy().tobytes()
-        return f"{self.name} {self.d_in} {self.d_sae} {hashlib.sha256(biases).hexdigest()}"
+        """Its identity among the SAEs of a plan: the same for two copies, different when any weight differs."""
+        return f"{self.name} {self.fingerprint()}"
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights and of what decides their meaning."""

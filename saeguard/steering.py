@@ -16,7 +16,16 @@ from saeguard.engines import engine_for
 from saeguard.engines.base import Engine, Place, Request
 from saeguard.engines.layouts import Layout
 from saeguard.engines.session import View, join, leave, participants
-from saeguard.errors import BadRule, MissingBOS, OverlappingRules, PlanNeverRan, RowsMismatch, WidthMismatch, WrongModel
+from saeguard.errors import (
+    AmbiguousSAE,
+    BadRule,
+    MissingBOS,
+    OverlappingRules,
+    PlanNeverRan,
+    RowsMismatch,
+    WidthMismatch,
+    WrongModel,
+)
 from saeguard.kernels.pick import KernelName
 from saeguard.ledger import CallRecord, Entry
 from saeguard.loaders import load_sae
@@ -99,7 +108,8 @@ class Run:
         """Write a pass into the ledger."""
         if edit is not None:
             norm = torch.linalg.vector_norm(before.detach(), dim=-1, dtype=torch.float32)
-            view.record.track(site).add(Entry(view.tokens, view.covers, edit, norm))
+            moved = (before != after).any(-1)
+            view.record.track(site).add(Entry(view.tokens, view.covers, edit, norm, moved))
 
 
 @contextmanager
@@ -155,9 +165,21 @@ def steer(
 
 def _load(plans: Sequence[Plan | None], saes: SAE | Iterable[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
     listed: Any = [saes] if isinstance(saes, SAE) else saes
-    given: dict[str, SAE] = dict(listed) if isinstance(saes, Mapping) else {sae.name: sae for sae in listed}
+    given: dict[str, SAE] = dict(listed) if isinstance(saes, Mapping) else _by_name(listed)
     wanted = dict.fromkeys(rule.sae for plan in plans if plan is not None for rule in plan.rules)
     return {name: given[name] if name in given else load_sae(name) for name in wanted}
+
+
+def _by_name(saes: Iterable[SAE]) -> dict[str, SAE]:
+    given: dict[str, SAE] = {}
+    for sae in saes:
+        if given.setdefault(sae.name, sae).key != sae.key:
+            raise AmbiguousSAE(
+                f"rules on {sae.name}",
+                "two different SAEs of that name were given",
+                "Give them as a mapping, saes={'a': first, 'b': second}, and name 'a' and 'b' in the rules.",
+            )
+    return given
 
 
 def _check_fit(sae: SAE, place: Place, engine: Engine) -> None:

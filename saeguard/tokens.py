@@ -43,6 +43,8 @@ class Where:
                 raise BadRule(
                     f"{name}={number!r}", "that is not a count of tokens", "Positions are integers from 0 upwards."
                 )
+        if not isinstance(self.special, bool):
+            raise BadRule(f"special={self.special!r}", "that is neither True nor False", "Give a bool.")
         if self.stop is not None and self.stop < self.start:
             raise BadRule(f"positions {self.start} to {self.stop}", "the range is backwards", "Give start <= stop.")
 

@@ -102,7 +102,7 @@ def model_compile_before(model: nn.Module, block: Block) -> None:
 
 @refused(errors.CompiledModel, "Steer the original model first")
 def compiled_wrapper_given(model: nn.Module, block: Block) -> None:
-    with block(torch.compile(model, backend="eager")):
+    with block(torch.compile(copy.deepcopy(model), backend="eager")):  # torch marks what it wraps
         raise AssertionError("entered")
 
 

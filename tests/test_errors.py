@@ -180,6 +180,11 @@ CASES: dict[str, Case] = {
     "unstable edit in bfloat16": (errors.UnstableEdit, "nothing was sampled", lambda _: run(rule(1, 2, op=Add(3e38)), model=copy.deepcopy(tiny_model()).bfloat16())),
     "meta device": (errors.MetaDevice, "Load it with from_pretrained", lambda _: run(add_plan(1), model=meta_model())),
     "rows": (errors.RowsMismatch, "3 plans.*4 rows. Give as many plans as rows", lambda _: run([add_plan(1)] * 3, ids=prompt(4, 5))),
+    "two SAEs of one name": (
+        errors.AmbiguousSAE,
+        "Give them as a mapping",
+        lambda _: run(rule(1), [SAE, tiny_sae(seed=9)]),
+    ),
     "no BOS for this SAE": (
         errors.MissingBOS,
         "Use the model's own tokenizer",
@@ -204,7 +209,7 @@ CASES: dict[str, Case] = {
     "two loaders": (errors.UnsupportedFormat, "both recognise it", two_loaders),
     "NaN weights": (errors.BrokenFile, "W_dec holds NaN or infinity. Fetch or export", lambda folder: load_sae(written(folder, W_dec=SAE.W_dec * float("nan")))),
     "orientation": (errors.BrokenFile, r"Check the orientation: W_enc is \(d_in, d_sae\)", lambda _: replace(SAE, W_dec=SAE.W_enc)),
-    "top_k": (errors.BrokenFile, "Give 1..48", lambda _: replace(SAE, activation="topk", top_k=0)),
+    "top_k": (errors.BrokenFile, "Give 1..48", lambda _: replace(SAE, activation="topk", threshold=None, top_k=0)),
     "hash": (errors.HashMismatch, "Nothing of it was used", hash_mismatch),
     "no such model": (errors.ModelUnavailable, "Give one of these names, or the path", lambda _: find_demo("gpt-9")),
     "no training text": (errors.TrainError, "there is no document in them. Give .txt files", lambda folder: corpus(folder, "", SimpleNamespace(bos_token_id=1))),

@@ -65,13 +65,28 @@ class Request:
     """What a generate call says before it starts.
 
     ``rows`` is the batch of the request, ``copies`` how many forward rows each of its rows becomes, ``reorders``
-    whether those trade places (beams). ``prompt_columns`` is the width of the prompt, padding included.
+    whether those trade places (beams). ``prompt_columns`` is the width of the prompt, padding and what the cache
+    already holds included; ``output_columns`` the part of it that the output will repeat. ``eos`` and ``pad`` are the
+    token ids that end and fill up a row.
     """
 
     rows: int
     copies: int
     reorders: bool
     prompt_columns: int
+    output_columns: int
+    eos: tuple[int, ...]
+    pad: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a generate call did: it fed ``columns`` columns through the model, and per forward row ``ends`` is the first
+    of them whose token was not used.
+    """
+
+    columns: int
+    ends: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +141,6 @@ class Engine(Protocol):
         """Whether the caller is a generate call of the model: one that no request was read for."""
         ...
 
-    def read_ends(self, output: Any, request: Request, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Per forward row, the first column whose token was not used, from what generate returned."""
+    def read_outcome(self, output: Any, request: Request) -> Outcome | None:
+        """What a generate call did, from what it returned."""
         ...

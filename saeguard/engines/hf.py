@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from saeguard.engines.base import Pass, Place, Request
+from saeguard.engines.base import Outcome, Pass, Place, Request
 from saeguard.engines.layouts import LAYOUTS, Layout
+from saeguard.engines.requests import read_outcome, read_request
 from saeguard.engines.traced import is_traced
 from saeguard.errors import CompiledModel, MetaDevice, SiteNotFound, TokensUnknown, UnsupportedMode, UnsupportedModel
 from saeguard.sites import Site
@@ -107,24 +108,19 @@ class HuggingFace:
             )
         column = int(cache.get_seq_length()) if cache is not None else 0
         rows, width = shown.shape[:2]
-        return Pass(rows, width, column, cache, ids, _mask(kwargs.get("attention_mask")), shown.device)
+        mask = _mask(kwargs.get("attention_mask"))
+        if mask is None:
+            _check_unpacked(kwargs.get("position_ids"))
+        return Pass(rows, width, column, cache, ids, mask, shown.device)
 
     def read_cache(self, output: Any) -> Any:
         return getattr(output, "past_key_values", None)
 
     def read_request(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
-        config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-        self._refuse_modes(config, kwargs)
-        prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        embeds = kwargs.get("inputs_embeds")
-        shown = embeds if prompt is None or (embeds is not None and prompt.shape[1] == 0) else prompt
-        beams = self._option("num_beams", config, kwargs) or 1
-        copies = max(beams, self._option("num_return_sequences", config, kwargs) or 1)
-        if shown is None:
-            return Request(1, copies, beams > 1, 1)
-        mask = kwargs.get("attention_mask")
-        columns = max(shown.shape[1], mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else 0)
-        return Request(shown.shape[0], copies, beams > 1, columns)
+        return read_request(self.model, args, kwargs)
+
+    def read_outcome(self, output: Any, request: Request) -> Outcome | None:
+        return read_outcome(output, request)
 
     def is_generating(self) -> bool:
         frame = sys._getframe(1)
@@ -133,47 +129,6 @@ class HuggingFace:
                 return True
             frame = frame.f_back
         return False
-
-    def read_ends(self, output: Any, request: Request, kwargs: Mapping[str, Any]) -> Tensor | None:
-        ids = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
-        if ids is None:
-            return None
-        holds_prompt = kwargs.get("inputs_embeds") is None or kwargs.get("input_ids") is not None
-        generated = ids[:, request.prompt_columns :] if holds_prompt else ids
-        ended = self._is_one_of(generated, "eos_token_id", kwargs)
-        padding = self._is_one_of(generated, "pad_token_id", kwargs).long()
-        filled = ended | padding.flip(1).cumprod(1).flip(1).bool()  # in the middle the padding token is a word like any
-        before = (filled.cumsum(1) == 0).sum(1)  # tokens before the first end or filler
-        saw_end = (ended & (filled.cumsum(1) == 1)).any(1)
-        # Whether the end token was fed back depends on the other rows, so it never counts; without one, the last
-        # token of the row was sampled and not fed back.
-        ends = (request.prompt_columns + before - (~saw_end).long()).cpu()
-        if request.reorders:
-            kept = ids.shape[0] // request.rows
-            return ends.view(request.rows, kept).amax(1).repeat_interleave(request.copies)
-        return ends
-
-    def _is_one_of(self, ids: Tensor, name: str, kwargs: Mapping[str, Any]) -> Tensor:
-        value = self._option(name, kwargs.get("generation_config"), kwargs)
-        wanted = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        return torch.isin(ids, torch.tensor(list(wanted), dtype=ids.dtype, device=ids.device))
-
-    def _refuse_modes(self, config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> None:
-        for name in _FOREIGN_PASSES:
-            value = self._option(name, config, kwargs)
-            if value is not None and value is not False and not (name == "guidance_scale" and value == 1):
-                raise UnsupportedMode(
-                    f"generate with {name}",
-                    "it makes forward passes whose rows or layers are not those of the request",
-                    f"Generate without {name}.",
-                )
-
-    def _option(self, name: str, config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> Any:
-        if kwargs.get(name) is not None:
-            return kwargs[name]
-        if (value := getattr(config, name, None)) is not None:
-            return value
-        return getattr(getattr(self.model, "generation_config", None), name, None)
 
     def _check_untraced(self, site: Site, module: nn.Module) -> None:
         kind, compiled = type(module).__name__, getattr(module, "_compiled_call_impl", None) is not None
@@ -206,9 +161,6 @@ class HuggingFace:
 
 _MIXIN: Any = GenerationMixin
 _GENERATE = inspect.unwrap(_MIXIN.generate).__code__
-_FOREIGN_PASSES = (
-    "custom_generate", "negative_prompt_ids", "guidance_scale", "dola_layers", "penalty_alpha", "assistant_early_exit"
-)  # fmt: skip
 
 
 def _accept(model: nn.Module, layout: Layout | None) -> nn.Module:
@@ -254,6 +206,16 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
+
+
+def _check_unpacked(positions: Any) -> None:
+    """Without a mask, transformers takes a row whose positions start over for several sequences in one."""
+    if isinstance(positions, Tensor) and positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any()):
+        raise UnsupportedMode(
+            "a forward pass without an attention mask",
+            "its position_ids do not go up by one, so it packs several sequences into one row",
+            "Use one row each, or pass an attention_mask if the gaps are padding.",
+        )
 
 
 def _mask(mask: Any) -> Tensor | None:

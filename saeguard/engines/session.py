@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from saeguard.axes import Stream
 from saeguard.editor import Edit, Editor
 from saeguard.engines.base import Engine, Pass, Place, Request, outside_graphs
-from saeguard.errors import GuardNotApplied, ModelBusy, TokensUnknown, UnstableEdit, UnsupportedMode
+from saeguard.errors import GuardNotApplied, ModelBusy, RowsMismatch, TokensUnknown, UnstableEdit, UnsupportedMode
 from saeguard.ledger import CallRecord
 from saeguard.sites import Site
 from saeguard.tokens import TokenBatch, is_special, read_mask
@@ -73,10 +73,12 @@ class Call:
     cache: Any = None
     reached: int | None = None
     """The column after the last one that was passed."""
+    rows: int | None = None
 
-    def continues(self, cache: Any, column: int) -> bool:
-        """Whether a pass with ``cache`` belongs to this call: an empty cache starts another one."""
-        return cache is not None and column > 0 and self.cache is not None and self.cache() is cache
+    def continues(self, seen: Pass) -> bool:
+        """Whether a pass belongs to this call: an empty cache, or another number of rows, starts another one."""
+        ours = self.cache is not None and seen.cache is not None and self.cache() is seen.cache
+        return ours and seen.column > 0 and seen.rows == self.rows
 
 
 @dataclass(eq=False)
@@ -165,11 +167,12 @@ class Session:
             finally:
                 self._local.call, self._local.forward = outer, None
             self._check_ran(call)
-            ends = self.engine.read_ends(output, request, kwargs)
-            if ends is not None and (call.reached or 0) < int(ends.max()):
-                raise _unseen(call, int(ends.max()))
-            for record in call.records.values():
-                record.ends = ends
+            outcome = self.engine.read_outcome(output, request)
+            if outcome is not None:
+                if (call.reached or 0) < outcome.columns:
+                    raise _unseen(call, outcome.columns)
+                for record in call.records.values():
+                    record.ends = outcome.ends
             return output
 
         return watched
@@ -192,7 +195,7 @@ class Session:
         call = self._call_for(seen)
         if call.reached is not None and seen.column > call.reached:
             raise _unseen(call, seen.column)
-        call.reached = seen.column + seen.width
+        call.reached, call.rows = seen.column + seen.width, seen.rows
         views = {}
         for participant in self.participants:
             if participant not in call.records:
@@ -211,6 +214,13 @@ class Session:
 
     def _call_for(self, seen: Pass) -> Call:
         if (call := getattr(self._local, "call", None)) is not None:
+            expected = call.request.rows * call.request.copies
+            if seen.rows != expected:
+                raise UnsupportedMode(
+                    f"a generate call for {call.request.rows} rows",
+                    f"a pass has {seen.rows} rows instead of {expected}",
+                    "This decoding strategy mixes rows: use greedy, sampling, beams or assisted decoding.",
+                )
             return call
         if self.engine.is_generating():
             raise UnsupportedMode(
@@ -219,7 +229,7 @@ class Session:
                 "Call model.generate(...), not the class's function or one that was kept from before the block.",
             )
         last = getattr(self._local, "loose", None)
-        if last is None or not last.continues(seen.cache, seen.column):
+        if last is None or not last.continues(seen):
             last = self._local.loose = Call(None)
         return last
 
@@ -229,9 +239,8 @@ class Session:
                 return x
             forward = self._forward_at(site, x)
             dx, changed, edits = None, None, {}
-            for participant in self.participants:
+            for participant, view in forward.views.items():
                 if site in participant.editors:
-                    view = forward.views[participant]
                     edit = edits[participant] = participant.editors[site](x, view.tokens, view.covers)
                     dx = edit.dx if dx is None else dx + edit.dx
                     changed = edit.changed if changed is None else changed | edit.changed
@@ -239,9 +248,9 @@ class Session:
             if dx is not None and changed is not None:
                 after = torch.where(changed[..., None], (x + dx).to(x.dtype), x)
                 forward.unstable.append((changed & ~torch.isfinite(after).all(-1)).any())
-            for participant in self.participants:
+            for participant, view in forward.views.items():
                 if site in participant.sites:
-                    participant.see(site, x, after, forward.views[participant], edits.get(participant))
+                    participant.see(site, x, after, view, edits.get(participant))
             forward.ran.add(site)
             return after
 
@@ -365,6 +374,13 @@ def _tokens(seen: Pass, participant: Participant, request: Request | None) -> To
         columns = torch.arange(seen.column, seen.column + seen.width, device=seen.device)
         since = (columns - request.prompt_columns).expand(seen.rows, seen.width)
     elif participant.prompt_tokens is not None:
-        lengths = torch.tensor(participant.prompt_tokens, device=seen.device).view(-1, 1)
+        given = participant.prompt_tokens
+        if isinstance(given, tuple) and len(given) != seen.rows:
+            raise RowsMismatch(
+                f"prompt_tokens for {len(given)} rows",
+                f"the batch has {seen.rows} rows",
+                "Give one number per row, or one for all.",
+            )
+        lengths = torch.tensor(given, device=seen.device).view(-1, 1)
         since = absolute - lengths
     return TokenBatch(real, absolute, special, since, seen.column)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from saeguard.errors import UnsupportedFormat
-from saeguard.loaders import native
+from saeguard.loaders import gemma_scope, native, saelens
 from saeguard.sae import SAE
 
 
@@ -21,7 +21,11 @@ class Loader(Protocol):
         ...
 
 
-LOADERS: dict[str, Loader] = {"saeguard": native}
+LOADERS: dict[str, Loader] = {
+    "saeguard": native,
+    "saelens": saelens,
+    "gemma_scope": gemma_scope,
+}
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
