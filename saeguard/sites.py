@@ -14,9 +14,7 @@ STREAMS = {
     "attn_z": "the heads' outputs side by side, before the output projection",
 }
 
-_TRANSFORMER_LENS = re.compile(
-    r"blocks\.(\d{1,9})\.(?:hook_(resid_pre|resid_post|attn_out|mlp_out|mlp_in)|attn\.hook_(z))"
-)
+_TRANSFORMER_LENS = re.compile(r"blocks\.(\d{1,9})\.(?:hook_(resid_pre|resid_post|attn_out|mlp_out)|attn\.hook_(z))")
 _HUGGING_FACE = re.compile(r"(?:model|transformer|gpt_neox)\.(?:layers|h)\.(\d{1,9})")
 
 
