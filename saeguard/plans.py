@@ -11,6 +11,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from saeguard import strict_json
 from saeguard.errors import BadPlanFile, BadRule, EmptyPlan, OverlappingRules, UnknownOp, UnknownSchema
 from saeguard.gates import TRIGGERS, AnyActive, as_latents
 from saeguard.ops import OPS, Ablate, Add, AtLeast, AtMost, Clamp, Scale
@@ -164,8 +165,8 @@ def parse_json(text: str | bytes) -> Any:
     if len(text) > MAX_BYTES:
         raise BadPlanFile("a plan file", f"it is larger than {MAX_BYTES} bytes", "Split the plan.")
     try:
-        document = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        document = strict_json.parse(text)
+    except ValueError as error:
         raise BadPlanFile("a plan file", f"it is not JSON ({error})", "Write it with Plan.to_json.") from error
     if _depth(document) > MAX_DEPTH:
         raise BadPlanFile("a plan file", f"it nests deeper than {MAX_DEPTH} levels", "Write it with Plan.to_json.")
@@ -222,17 +223,6 @@ def _check_keys(what: str, entry: Any, allowed: set[str], required: set[str]) ->
     unknown, missing = sorted(set(entry) - allowed), sorted(required - set(entry))
     if unknown or missing:
         raise BadPlanFile(f"a {what}", f"unknown keys {unknown}, missing keys {missing}", f"Keys: {sorted(allowed)}.")
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return found
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a number")
 
 
 def _depth(document: Any) -> int:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "saeguard"
 
 LAYERS = [
-    {"errors", "axes"},
+    {"errors", "axes", "strict_json"},
     {"sites", "tokens", "ops"},
     {"sae", "gates"},
     {"plans", "loaders"},

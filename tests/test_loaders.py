@@ -305,7 +305,7 @@ def test_saelens_folder_that_contradicts_itself_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("[1]", "it is not a JSON object"), ('{"d_in": NaN}', "NaN is no JSON number"), ("{", "it is not JSON"),
+    ("[1]", "it is not a JSON object"), ('{"d_in": NaN}', "NaN is not a number"), ("{", "it is not JSON"),
     ('{"d_in": 8, "d_in": 9}', "a key stands twice"), ("[" * 100_000, "it is not JSON"),
     ('{"metadata": 3}', "metadata is 3"),
     (" " * (headers.MAX_JSON_BYTES + 1), "are allowed"), ("\xff", "it is not JSON"),

@@ -6,7 +6,6 @@
 Whatever does not add up raises `BrokenFile`; a tensor is read only after its header passed, and must be finite.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from saeguard import strict_json
 from saeguard.errors import BrokenFile
 
 MAX_JSON_BYTES = 4_000_000
@@ -33,8 +33,8 @@ def broken(path: Path, found: str) -> BrokenFile:
 def json_object(path: Path, text: bytes, what: str) -> dict[str, Any]:
     """``text`` from ``path`` as a JSON object; ``what`` says in errors which part of the file it is."""
     try:
-        found = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        found = strict_json.parse(text)
+    except ValueError as error:
         raise broken(path, f"{what} is not JSON ({error})") from error
     if not isinstance(found, dict):
         raise broken(path, f"{what} is not a JSON object")
@@ -100,14 +100,3 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise broken(path, f"{name} holds NaN or infinity")
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
