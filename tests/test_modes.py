@@ -287,3 +287,12 @@ def test_without_the_refusal_generate_that_compiles_itself_would_fail_at_its_dec
     monkeypatch.setattr(hf, "is_traced", lambda module: False)
     with pytest.raises(GuardNotApplied, match="the forward pass ended and they had not run"):
         refusals.generate_that_compiles_itself_called_before(fresh_model("llama"), block_of(ALL))
+
+
+def test_graphs_that_cannot_be_inspected_are_refused_by_name(monkeypatch):
+    import torch._dynamo.convert_frame as frames
+
+    monkeypatch.setattr(frames, "input_codes", object())
+
+    with pytest.raises(CompiledModel, match="keeps its graphs where saeguard cannot look"), block_of(ALL)(tiny_model()):
+        raise AssertionError("entered")

@@ -11,7 +11,10 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+
+from saeguard.errors import CompiledModel
 
 _TYPE_MATCH = re.compile(r"___check_type_id\((.+?), (\d+)\)")
 _READ: "weakref.WeakKeyDictionary[Any, frozenset[int]]" = weakref.WeakKeyDictionary()
@@ -26,12 +29,18 @@ def _live_guards() -> Iterator[Any]:
     dynamo = sys.modules.get("torch._dynamo.convert_frame")
     if dynamo is None:  # nothing was ever compiled
         return
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    try:
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-    for reference in list(dynamo.input_codes.seen):
-        code = reference()
-        for entry in _debug_get_cache_entry_list(code) if code is not None else ():
-            yield entry.guard_manager
+        codes = [code for reference in list(dynamo.input_codes.seen) if (code := reference()) is not None]
+        found = [entry.guard_manager for code in codes for entry in _debug_get_cache_entry_list(code)]
+    except (ImportError, AttributeError) as error:
+        raise CompiledModel(
+            "steering in a process that has torch.compile at work",
+            f"torch {torch.__version__} keeps its graphs where saeguard cannot look ({error})",
+            "Steer in a process that compiles nothing, or use torch 2.13.",
+        ) from error
+    yield from found
 
 
 def _types_in(guards: Any) -> frozenset[int]:
