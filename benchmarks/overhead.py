@@ -93,7 +93,7 @@ def edit_ratio(rounds: int) -> tuple[float, float, float]:
 
     def sliced_job() -> None:
         for _ in range(20):
-            dx, df = sliced.edit(x, part, selected)
+            dx, df, _ = sliced.edit(x, x, part, selected)
             torch.where((df != 0).any(-1, keepdim=True), x + dx, x)
 
     def dense_job() -> None:

@@ -10,8 +10,11 @@ if typing.TYPE_CHECKING:
     from saeguard.capturing import Tape, capture
     from saeguard.engines.layouts import Layout
     from saeguard.errors import SaeguardError
+    from saeguard.evaluating.self_check import self_check
     from saeguard.gates import AnyActive
-    from saeguard.loaders import load_sae
+    from saeguard.loaders import load_sae, open_sae
+    from saeguard.loaders.live import load_saelens
+    from saeguard.loaders.native import save_sae
     from saeguard.models import load_model
     from saeguard.ops import Ablate, Add, AtLeast, AtMost, Clamp, Scale
     from saeguard.plans import Plan, Rule
@@ -42,6 +45,10 @@ __all__ = [
     "capture",
     "load_model",
     "load_sae",
+    "load_saelens",
+    "open_sae",
+    "save_sae",
+    "self_check",
     "steer",
 ]
 
@@ -49,8 +56,11 @@ _HOMES = {
     "capturing": ("Tape", "capture"),
     "engines.layouts": ("Layout",),
     "errors": ("SaeguardError",),
+    "evaluating.self_check": ("self_check",),
     "gates": ("AnyActive",),
-    "loaders": ("load_sae",),
+    "loaders": ("load_sae", "open_sae"),
+    "loaders.live": ("load_saelens",),
+    "loaders.native": ("save_sae",),
     "models": ("load_model",),
     "ops": ("Ablate", "Add", "AtLeast", "AtMost", "Clamp", "Scale"),
     "plans": ("Plan", "Rule"),

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from saeguard.axes import Stream
 from saeguard.editor import Edit, Editor
 from saeguard.engines import engine_for
-from saeguard.engines.base import Request
+from saeguard.engines.base import Request, places_of
+from saeguard.engines.calls import View
 from saeguard.engines.layouts import Layout
-from saeguard.engines.session import View, join, leave
+from saeguard.engines.session import join, leave
 from saeguard.errors import SiteNotFound, UnsupportedMode
 from saeguard.ledger import CallRecord
 from saeguard.sites import Site
@@ -108,7 +109,7 @@ def capture(
     engine = engine_for(model, layout)
     named: Iterable[Any] = [sites] if isinstance(sites, Site | str) else sites
     wanted = dict.fromkeys(Site.parse(site) for site in named)
-    places = {site: engine.resolve(site) for site in wanted}
+    places = places_of(engine, wanted)
     tape = Tape(wanted, side)
     session = join(engine, tape, places)
     try:

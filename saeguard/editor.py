@@ -23,11 +23,15 @@ from saeguard.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class BoundRule:
-    """A rule with its site settled, and the places in the list of plans that it came from (None: every row)."""
+    """A rule with its sites settled, and the places in the list of plans that it came from (None: every row).
+
+    ``site`` is edited and ``reads`` is read; they differ where the SAE is a transcoder.
+    """
 
     rule: Rule
     site: Site
     plans: frozenset[int] | None
+    reads: Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +43,13 @@ class PartEdit:
     """Numbers of the part's rules among all bound rules."""
     selected: Fired
     df: Float[Tensor, "batch pos k"]
+    scale: Float[Tensor, "batch pos 1"] | None
+    """By what each token's change was multiplied on its way out of the SAE; None stands for 1."""
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What to add at one site in one forward pass; tokens that are not ``changed`` keep x bit for bit."""
+    """What to add at one site in one forward pass; tokens that are not ``changed`` keep it bit for bit."""
 
     dx: Stream
     changed: Mask
@@ -55,31 +61,42 @@ def bind(plans: Sequence[Plan | None], saes: Mapping[str, SAE], *, every_row: bo
 
     Raises `SiteNotFound` when neither the rule nor its SAE says where, `OverlappingRules`.
     """
-    found: dict[tuple[Rule, Site], set[int]] = {}
+    found: dict[tuple[Rule, Site, Site], set[int]] = {}
     for index, plan in enumerate(plans):
         rules = plan.rules if plan is not None else ()
-        sited = [(rule, _site(rule, saes[rule.sae])) for rule in rules]
-        check_overlaps((rule, (saes[rule.sae].key, site)) for rule, site in sited)
-        for rule, site in sited:
-            found.setdefault((rule, site), set()).add(index)
+        sited = [(rule, *_sites(rule, saes[rule.sae])) for rule in rules]
+        check_overlaps((rule, (saes[rule.sae].key, reads, site)) for rule, reads, site in sited)
+        for key in sited:
+            found.setdefault(key, set()).add(index)
     return tuple(
-        BoundRule(rule, site, None if every_row else frozenset(owners)) for (rule, site), owners in found.items()
+        BoundRule(rule, site, None if every_row else frozenset(owners), reads)
+        for (rule, reads, site), owners in found.items()
     )
 
 
-def _site(rule: Rule, sae: SAE) -> Site:
-    site = rule.site or sae.site
-    if site is None:
+def _sites(rule: Rule, sae: SAE) -> tuple[Site, Site]:
+    """Where a rule reads, and where it writes."""
+    reads = rule.site or sae.site
+    if reads is None:
         raise SiteNotFound(
             f"the site of rule {rule}",
             "neither the rule nor its SAE names one",
             "Give the rule a site: Rule(..., site=Site('resid_post', 12)).",
         )
-    return site
+    if sae.is_transcoder and rule.site_out is None and reads != sae.site:
+        raise SiteNotFound(
+            f"the sites of rule {rule}",
+            f"its SAE is a transcoder from {sae.site} to {sae.site_out}, and the rule names only where it reads",
+            "Give both: Rule(..., site=Site('mlp_in', 12), site_out=Site('mlp_out', 12)).",
+        )
+    return reads, rule.site_out or sae.site_out or reads
 
 
 class Editor:
-    """The edits of one list of bound rules at one site; a pure function once built."""
+    """The edits of one list of bound rules at one site; a pure function once built.
+
+    ``reads`` are the other sites whose streams it needs, for transcoders.
+    """
 
     def __init__(
         self,
@@ -93,25 +110,31 @@ class Editor:
         self.site = site
         self.rules = tuple(rules)
         self._kernel = pick(kernel)
-        self._parts: list[tuple[tuple[int, ...], Tensor, Part]] = []
+        self._parts: list[tuple[Site, tuple[int, ...], Tensor, Part]] = []
         self._elsewhere: dict[tuple[int, torch.device], Part] = {}
-        by_sae: dict[str, list[int]] = {}
+        by_sae: dict[tuple[str, str], list[int]] = {}
         # sums of floats depend on the order of their terms, so that order is not the one of declaration
         for index, bound in sorted(enumerate(self.rules), key=lambda numbered: repr(numbered[1].rule)):
             if bound.site == site:
-                by_sae.setdefault(saes[bound.rule.sae].key, []).append(index)
+                by_sae.setdefault((saes[bound.rule.sae].key, str(bound.reads)), []).append(index)
         for _, members in sorted(by_sae.items()):
             mine = [self.rules[index] for index in members]
             sae = saes[mine[0].rule.sae]
             part = lay_out(sae, [bound.rule for bound in mine], [bound.plans for bound in mine])
-            self._parts.append((tuple(members), torch.tensor(members), part.to(device)))
+            self._parts.append((mine[0].reads, tuple(members), torch.tensor(members), part.to(device)))
+        self.reads = frozenset(reads for reads, *_ in self._parts) - {site}
 
-    def __call__(self, x: Stream, tokens: TokenBatch, covers: Bool[Tensor, "batch rules"]) -> Edit:
-        """The edit of ``x``, in float32. ``covers`` says which bound rules a row is under."""
-        with torch.autocast(x.device.type, enabled=False):
+    def __call__(self, y: Stream, tokens: TokenBatch, covers: Bool[Tensor, "batch rules"],
+                 streams: Mapping[Site, Tensor] | None = None) -> Edit:  # fmt: skip
+        """The edit of ``y``, in float32. ``covers`` says which bound rules a row is under.
+
+        ``streams`` holds what flowed past the sites of `reads` in this pass.
+        """
+        with torch.autocast(y.device.type, enabled=False):
+            seen = {**(streams or {}), self.site: y}
             parts = [
-                self._edit(number, members, index, x.float(), tokens, covers)
-                for number, (members, index, _) in enumerate(self._parts)
+                self._edit(number, seen[reads].to(y.device).float(), y.float(), tokens, covers)
+                for number, (reads, *_) in enumerate(self._parts)
             ]
         dx, edits = parts[0]
         changed = (edits.df != 0).any(-1)
@@ -120,21 +143,21 @@ class Editor:
             changed = changed | (other.df != 0).any(-1)
         return Edit(dx, changed, tuple(edit for _, edit in parts))
 
-    def _edit(self, number: int, members: tuple[int, ...], index: Tensor, x: Stream, tokens: TokenBatch,
+    def _edit(self, number: int, x: Tensor, y: Stream, tokens: TokenBatch,
               covers: Bool[Tensor, "batch rules"]) -> tuple[Stream, PartEdit]:  # fmt: skip
-        part = self._part_on(number, x.device)
+        part, (_, members, index, _) = self._part_on(number, y.device), self._parts[number]
         wheres = [self.rules[i].rule.where for i in members]
         if len(set(wheres)) == 1:
             chosen = tokens.select(wheres[0])[..., None]
         else:
             chosen = torch.stack([tokens.select(where) for where in wheres], dim=-1)
-        chosen, covers = chosen.to(x.device), covers.to(x.device)  # with a device map ids and stream can part
+        chosen, covers = chosen.to(y.device), covers.to(y.device)  # with a device map ids and stream can part
         selected = chosen & covers[:, None, index]
-        dx, df = self._kernel(x, part, selected)
-        return dx, PartEdit(part, members, selected, df)
+        dx, df, scale = self._kernel(x, y, part, selected)
+        return dx, PartEdit(part, members, selected, df, scale)
 
     def _part_on(self, number: int, device: torch.device) -> Part:
-        part = self._parts[number][2]
+        part = self._parts[number][3]
         if part.W_dec.device == device:
             return part
         if (number, device) not in self._elsewhere:

@@ -15,19 +15,25 @@
     |  |- SiteNotFound          unknown stream, layer out of range
     |  |- WidthMismatch         the SAE reads vectors of another width
     |  |- WrongModel            the SAE's manifest names another model
+    |  |- SelfCheckFailed       the SAE does not do on this model what an SAE does
     |  |- AmbiguousSAE          two SAEs of one name were given
     |  |- LatentOutOfRange      the SAE has fewer latents than that
-    |  |- NotSliceable          the activation ranks latents, so some cannot be computed alone
+    |  |- NotSliceable          what was asked needs more than was given: all latents, or x itself
     |  |- MissingMaximum        unit="max" without recorded maximum activations
     |  |- RowsMismatch          one plan per row, but another number of rows
     |  '- MissingBOS            the SAE wants a BOS token and the tokenizer has none
     |- LoadError              weights could not be read
     |  |- UnsupportedFormat     no loader, or more than one, recognises the files
     |  |- BrokenFile            truncated, wrong shapes, wrong dtypes, not finite
+    |  |- MissingSite           the files do not say where the SAE reads or writes
+    |  |- MissingScale          the files do not say by what their input is scaled
+    |  |- ConversionStopped     a conversion ran into its limits of memory or time
     |  |- HashMismatch          the bytes are not the pinned ones
+    |  |- UnsafePickle          a pickle that names code, which is never run
     |  '- ModelUnavailable      neither the hub nor the package index has the model for us
     |- MissingExtra           an optional package is not installed
     |- TrainError             training cannot start or go on
+    |- ScoreMismatch          scores that do not belong together, or are not there
     '- GuardError             the model may have run without its edits
        |- GuardNotApplied       a forward pass went by and an edit did not run
        |- PlanNeverRan          the block ended and the model was never called
@@ -111,6 +117,10 @@ class WrongModel(BindError):
     """The SAE's manifest names another model or another site."""
 
 
+class SelfCheckFailed(BindError):
+    """On this model and site the SAE does not reconstruct as it should."""
+
+
 class AmbiguousSAE(BindError):
     """Two different SAEs of one name were given, and rules find their SAE by name."""
 
@@ -120,7 +130,7 @@ class LatentOutOfRange(BindError):
 
 
 class NotSliceable(BindError):
-    """Under an activation that ranks, one latent cannot be computed without all others."""
+    """What was asked of an SAE needs latents that were not read, or x itself."""
 
 
 class MissingMaximum(BindError):
@@ -147,8 +157,24 @@ class BrokenFile(LoadError):
     """A weights file is truncated, has wrong shapes or dtypes, or holds non-finite numbers."""
 
 
+class MissingSite(LoadError):
+    """The files do not say where the SAE reads or writes, and nobody else did."""
+
+
+class MissingScale(LoadError):
+    """The files ask for a scaled input and do not say by what."""
+
+
+class ConversionStopped(LoadError):
+    """A conversion ran into its limits of memory or time, or died."""
+
+
 class HashMismatch(LoadError):
     """The bytes that arrived are not the pinned ones."""
+
+
+class UnsafePickle(LoadError):
+    """A pickle names code, which saeguard never runs."""
 
 
 class ModelUnavailable(LoadError):
@@ -161,6 +187,10 @@ class MissingExtra(SaeguardError):
 
 class TrainError(SaeguardError):
     """Training cannot start or go on."""
+
+
+class ScoreMismatch(SaeguardError):
+    """Scores of different SAEs, of the wrong number of latents, or that were not computed."""
 
 
 class GuardError(SaeguardError):

@@ -114,11 +114,12 @@ def _tabulate(entry: Entry) -> Table:
     for piece in entry.edit.parts:
         df, owner = piece.df.detach().cpu(), piece.part.rule.cpu()
         W_dec = piece.part.W_dec.detach().cpu()
+        scale = 1.0 if piece.scale is None else piece.scale.detach().cpu()[..., 0]
         for local, rule in enumerate(piece.rules):
             mine = owner == local
             selected[..., rule] = piece.selected[..., local].cpu()
             edited[..., rule] = (df[..., mine] != 0).any(-1) & moved
-            delta[..., rule] = torch.linalg.vector_norm(df[..., mine] @ W_dec[mine], dim=-1)
+            delta[..., rule] = torch.linalg.vector_norm(df[..., mine] @ W_dec[mine], dim=-1) * scale
     return Table(
         start=entry.tokens.column,
         absolute=entry.tokens.absolute.cpu(),

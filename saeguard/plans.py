@@ -27,10 +27,11 @@ MAX_DEPTH = 12
 class Rule:
     """One op on some latents of one SAE.
 
-    ``sae`` is the SAE's name, or a source that `load_sae` reads. ``site`` defaults to the SAE's own. ``phase``,
-    ``first``, ``start``, ``stop`` and ``special`` are those of `saeguard.tokens.Where`. ``priority`` settles two
-    rules that set the same latent of the same row: where both apply the higher one acts; without it they are refused.
-    An empty tuple of latents changes nothing. Raises `BadRule`.
+    ``sae`` is the SAE's name, or a source that `load_sae` reads. ``site`` is where it reads and ``site_out`` where it
+    writes; both default to the SAE's own, and only a transcoder's differ. ``phase``, ``first``, ``start``, ``stop``
+    and ``special`` are those of `saeguard.tokens.Where`. ``priority`` settles two rules that set the same latent of
+    the same row: where both apply the higher one acts; without it they are refused. An empty tuple of latents
+    changes nothing. Raises `BadRule`.
     """
 
     sae: str
@@ -38,6 +39,7 @@ class Rule:
     op: Clamp | Scale | Add | Ablate | AtLeast | AtMost
     _: KW_ONLY
     site: Site | None = None
+    site_out: Site | None = None
     trigger: AnyActive | None = None
     phase: Phase = "all"
     first: int | None = None
@@ -50,10 +52,12 @@ class Rule:
         if not isinstance(self.sae, str) or not self.sae:
             raise BadRule(f"rule with sae={self.sae!r}", "a rule names its SAE by a string", "Use sae.name.")
         object.__setattr__(self, "latents", as_latents("rule", self.latents))
-        if isinstance(self.site, str):
-            object.__setattr__(self, "site", Site.parse(self.site))
-        if self.site is not None and not isinstance(self.site, Site):
-            raise BadRule(f"rule with site={self.site!r}", "that is not a site", "Use Site('resid_post', 12).")
+        for name in ("site", "site_out"):
+            site = getattr(self, name)
+            if isinstance(site, str):
+                object.__setattr__(self, name, Site.parse(site))
+            elif site is not None and not isinstance(site, Site):
+                raise BadRule(f"rule with {name}={site!r}", "that is not a site", "Use Site('resid_post', 12).")
         if self.trigger is not None and type(self.trigger) not in TRIGGERS.values():
             raise BadRule(f"rule with trigger={self.trigger!r}", "that is not a trigger", "Use AnyActive(latents).")
         if type(self.op) not in OPS.values():
@@ -81,6 +85,7 @@ class Rule:
     def __str__(self) -> str:
         shown = ", ".join(map(str, self.latents[:6])) + (", ..." if len(self.latents) > 6 else "")
         site = f" at {self.site}" if self.site else ""
+        site += f" to {self.site_out}" if self.site_out else ""
         return f"{self.op} on {self.sae}[{shown}]{site}"
 
 
@@ -99,7 +104,7 @@ class Plan:
         for rule in rules:
             if not isinstance(rule, Rule):
                 raise BadRule("a plan", f"{rule!r} is not a Rule", "Give Rule objects.")
-        check_overlaps((rule, (rule.sae, rule.site)) for rule in rules)
+        check_overlaps((rule, (rule.sae, rule.site, rule.site_out)) for rule in rules)
 
     def to_json(self) -> str:
         """The canonical text: keys sorted, no spaces, ASCII; equal plans give equal texts."""
@@ -176,6 +181,9 @@ def parse_json(text: str | bytes) -> Any:
 def _rule_to_dict(rule: Rule) -> dict[str, Any]:
     entry: dict[str, Any] = {f.name: getattr(rule, f.name) for f in fields(rule)}
     entry["site"] = str(rule.site) if rule.site else None
+    entry["site_out"] = str(rule.site_out) if rule.site_out else None
+    if rule.site_out is None:  # most rules have none, and files of before transcoders stay canonical
+        del entry["site_out"]
     entry["op"] = _tagged(OPS, rule.op)
     entry["trigger"] = _tagged(TRIGGERS, rule.trigger) if rule.trigger else None
     return entry
@@ -192,8 +200,9 @@ def _rule_from_dict(entry: Any) -> Rule:
     if not isinstance(values["latents"], list):
         raise BadPlanFile("a rule", "latents is not a list", "Write the plan with Plan.to_json.")
     values["latents"] = tuple(values["latents"])
-    if values.get("site") is not None:
-        values["site"] = Site.parse(str(values["site"]))
+    for name in ("site", "site_out"):
+        if values.get(name) is not None:
+            values[name] = Site.parse(str(values[name]))
     values["op"] = _untagged("op", OPS, values["op"])
     if values.get("trigger") is not None:
         values["trigger"] = _untagged("trigger", TRIGGERS, values["trigger"])

@@ -7,15 +7,27 @@ from saeguard.errors import SiteNotFound
 
 STREAMS = {
     "resid_pre": "the residual stream that enters a block",
+    "resid_mid": "the residual stream between attention and the MLP",
     "resid_post": "the residual stream that leaves a block",
     "attn_out": "what attention adds to the residual stream, after any post-norm",
     "mlp_out": "what the MLP adds to the residual stream, after any post-norm",
     "mlp_in": "what the MLP reads, after its norm",
+    "mlp_normed": "what the MLP's norm gives before its gain and bias",
+    "mlp_post": "the MLP's hidden layer, before its output projection",
     "attn_z": "the heads' outputs side by side, before the output projection",
 }
 
-_TRANSFORMER_LENS = re.compile(r"blocks\.(\d{1,9})\.(?:hook_(resid_pre|resid_post|attn_out|mlp_out)|attn\.hook_(z))")
-_HUGGING_FACE = re.compile(r"(?:model|transformer|gpt_neox)\.(?:layers|h)\.(\d{1,9})")
+_TRANSFORMER_LENS = re.compile(
+    r"blocks\.([0-9]{1,9})\.(?:hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)|(attn\.hook_z|mlp\.hook_in|mlp\.hook_post"
+    r"|ln2\.hook_normalized))"
+)
+_HOOKS = {
+    "attn.hook_z": "attn_z",
+    "mlp.hook_in": "mlp_in",
+    "mlp.hook_post": "mlp_post",
+    "ln2.hook_normalized": "mlp_normed",
+}
+_HUGGING_FACE = re.compile(r"(?:model|transformer|gpt_neox)\.(?:layers|h)\.([0-9]{1,9})(?:\.(input|output))?")
 
 
 @dataclass(frozen=True)
@@ -52,11 +64,11 @@ class Site:
         if isinstance(text, Site):
             return text
         if match := _TRANSFORMER_LENS.fullmatch(text):
-            return cls("attn_z" if match[3] else match[2], int(match[1]))
+            return cls(_HOOKS[match[3]] if match[3] else match[2], int(match[1]))
         if match := _HUGGING_FACE.fullmatch(text):
-            return cls("resid_post", int(match[1]))
+            return cls("resid_pre" if match[2] == "input" else "resid_post", int(match[1]))
         stream, dot, layer = text.rpartition(".")
-        if not dot or not re.fullmatch(r"-?\d{1,9}", layer):
+        if not dot or not re.fullmatch(r"-?[0-9]{1,9}", layer):
             raise SiteNotFound(
                 f"site {text!r}",
                 "that is not a stream and a layer",

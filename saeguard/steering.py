@@ -3,7 +3,7 @@
 import contextvars
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import product
+from itertools import combinations, product
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from saeguard.axes import Stream
 from saeguard.editor import BoundRule, Edit, Editor, bind
 from saeguard.engines import engine_for
-from saeguard.engines.base import Engine, Place, Request
+from saeguard.engines.base import Engine, Place, Request, places_of
+from saeguard.engines.calls import View
+from saeguard.engines.corrections import on_plain_weights
 from saeguard.engines.layouts import Layout
-from saeguard.engines.session import View, join, leave, participants
+from saeguard.engines.session import join, leave, participants
 from saeguard.errors import (
     AmbiguousSAE,
     BadRule,
@@ -33,6 +35,9 @@ from saeguard.plans import Plan
 from saeguard.reports import Report, report
 from saeguard.sae import SAE
 from saeguard.sites import Site
+
+_COMPARED = 8
+"""Latents by which two SAEs that were read in part are told apart."""
 
 Plans = Plan | None | Sequence[Plan | None]
 P = ParamSpec("P")
@@ -57,7 +62,7 @@ class Run:
         self.rules = rules
         self.editors = editors
         self.saes = saes
-        self.sites = frozenset(editors)
+        self.sites = frozenset(editors).union(*(editor.reads for editor in editors.values()))
         self.special_ids: Int[Tensor, " n"] = torch.tensor(sorted(special_ids), dtype=torch.long)
         self.prompt_tokens = prompt_tokens
         self.calls: list[CallRecord] = []
@@ -107,7 +112,7 @@ class Run:
     def see(self, site: Site, before: Stream, after: Stream, view: View, edit: Edit | None) -> None:
         """Write a pass into the ledger."""
         if edit is not None:
-            norm = torch.linalg.vector_norm(before.detach(), dim=-1, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(before.detach().float(), dim=-1)
             moved = (before != after).any(-1)
             view.record.track(site).add(Entry(view.tokens, view.covers, edit, norm, moved))
 
@@ -141,11 +146,15 @@ def steer(
     plans: list[Plan | None] = [plan] if plan is None or isinstance(plan, Plan) else list(plan)
     loaded = _load(plans, saes)
     rules = bind(plans, loaded, every_row=every_row)
-    places = {site: engine.resolve(site) for site in dict.fromkeys(bound.site for bound in rules)}
+    places = places_of(engine, [site for bound in rules for site in (bound.reads, bound.site)])
     for bound in rules:
-        _check_fit(loaded[bound.rule.sae], places[bound.site], engine)
+        _check_fit(loaded[bound.rule.sae], places[bound.reads], places[bound.site], engine)
+    loaded = {name: _corrected(sae, [b for b in rules if b.rule.sae == name], engine) for name, sae in loaded.items()}
     _check_nesting(model, rules, loaded)
-    editors = {site: Editor(site, rules, loaded, device=place.device, kernel=kernel) for site, place in places.items()}
+    editors = {
+        site: Editor(site, rules, loaded, device=places[site].device, kernel=kernel)
+        for site in dict.fromkeys(bound.site for bound in rules)
+    }
     run = Run(
         plans, rules, editors, loaded, every_row=every_row, prompt_tokens=_prompt_tokens(prompt_tokens),
         special_ids=_special_ids(special_ids, tokenizer, engine, loaded),
@@ -166,8 +175,32 @@ def steer(
 def _load(plans: Sequence[Plan | None], saes: SAE | Iterable[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
     listed: Any = [saes] if isinstance(saes, SAE) else saes
     given: dict[str, SAE] = dict(listed) if isinstance(saes, Mapping) else _by_name(listed)
-    wanted = dict.fromkeys(rule.sae for plan in plans if plan is not None for rule in plan.rules)
-    return {name: given[name] if name in given else load_sae(name) for name in wanted}
+    wanted: dict[str, dict[int, None]] = {}
+    for rule in (rule for plan in plans if plan is not None for rule in plan.rules):
+        watched = rule.trigger.latents if rule.trigger else ()
+        wanted.setdefault(rule.sae, {}).update(dict.fromkeys(rule.latents + watched))
+    loaded = {
+        name: given[name] if name in given else load_sae(name, latents=tuple(latents))
+        for name, latents in wanted.items()
+    }
+    for (name, sae), (other, twin) in combinations(loaded.items(), 2):
+        if sae.key.removeprefix(sae.name) != twin.key.removeprefix(twin.name) and _is_one_dictionary(sae, twin):
+            raise AmbiguousSAE(
+                f"rules on {name} and {other}",
+                "both are one SAE, read twice, and latents that both set could be edited twice",
+                "Name it in one way in all rules.",
+            )
+    return loaded
+
+
+def _is_one_dictionary(a: SAE, b: SAE) -> bool:
+    """Whether two SAEs that were read differently have a latent in common, weights and all."""
+    if (a.d_sae, a.d_in, a.d_out) != (b.d_sae, b.d_in, b.d_out) or a.held is None and b.held is None:
+        return False
+    common = sorted(set(a.held or range(a.d_sae)) & set(b.held or range(b.d_sae)))[:_COMPARED]
+    if not common:
+        return False
+    return torch.equal(a.narrow(common).W_dec.cpu().float(), b.narrow(common).W_dec.cpu().float())
 
 
 def _by_name(saes: Iterable[SAE]) -> dict[str, SAE]:
@@ -182,13 +215,14 @@ def _by_name(saes: Iterable[SAE]) -> dict[str, SAE]:
     return given
 
 
-def _check_fit(sae: SAE, place: Place, engine: Engine) -> None:
-    if sae.d_in != place.width:
-        raise WidthMismatch(
-            f"SAE {sae.name} at {place.site}",
-            f"it reads vectors of width {sae.d_in}, and {place.site} carries width {place.width}",
-            "Was this SAE trained on another model or another stream?",
-        )
+def _check_fit(sae: SAE, place: Place, out: Place, engine: Engine) -> None:
+    for verb, width, there in (("reads", sae.d_in, place), ("writes", sae.d_out, out)):
+        if width != there.width:
+            raise WidthMismatch(
+                f"SAE {sae.name} at {there.site}",
+                f"it {verb} vectors of width {width}, and {there.site} carries width {there.width}",
+                "Was this SAE trained on another model or another stream?",
+            )
     shape, wanted = engine.model_shape(), sae.manifest.get("model_shape", {})
     differing = [
         f"{key} {wanted[key]} (here {shape[key]})" for key in wanted if shape.get(key, wanted[key]) != wanted[key]
@@ -209,6 +243,19 @@ def _check_fit(sae: SAE, place: Place, engine: Engine) -> None:
         )
 
 
+def _corrected(sae: SAE, rules: Sequence[BoundRule], engine: Engine) -> SAE:
+    """``sae`` for the model's plain weights, at the sites of its rules."""
+    places = {(bound.reads, bound.site) for bound in rules}
+    if len(places) > 1 and sae.manifest.get("processing"):
+        raise AmbiguousSAE(
+            f"rules on {sae.name} at {' and '.join(sorted(str(reads) for reads, _ in places))}",
+            "it was trained on processed weights, and what that changes depends on the site",
+            "Give it under two names, saes={'a': sae, 'b': sae}, and name 'a' and 'b' in the rules.",
+        )
+    reads, writes = next(iter(places), (None, None))
+    return on_plain_weights(sae, engine, reads, writes)
+
+
 def _short(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
 
@@ -218,9 +265,9 @@ def _check_nesting(model: nn.Module, rules: Sequence[BoundRule], saes: Mapping[s
         if not isinstance(outer, Run):
             continue
         for theirs, ours in product(outer.rules, rules):
-            if theirs.site == ours.site:
+            if (theirs.site, theirs.reads) == (ours.site, ours.reads):
                 same_rows = theirs.plans is None or ours.plans is None or theirs.plans & ours.plans
-                same_sae = outer.saes[theirs.rule.sae].key == saes[ours.rule.sae].key
+                same_sae = _same(outer.saes[theirs.rule.sae], saes[ours.rule.sae])
                 shared = set(theirs.rule.latents) & set(ours.rule.latents)
                 if same_rows and same_sae and shared:
                     raise OverlappingRules(
@@ -228,6 +275,11 @@ def _check_nesting(model: nn.Module, rules: Sequence[BoundRule], saes: Mapping[s
                         f"the outer block has {theirs.rule.op}, the inner one {ours.rule.op}",
                         "Put both into one plan and give the rules priorities, or end the outer block.",
                     )
+
+
+def _same(a: SAE, b: SAE) -> bool:
+    """Whether two SAEs are one, read alike or not."""
+    return a.key == b.key or _is_one_dictionary(a, b)
 
 
 def _prompt_tokens(given: int | Sequence[int] | None) -> int | tuple[int, ...] | None:

@@ -1,7 +1,7 @@
 """The formula once more, in Python floats, one token and one latent at a time: what every kernel has to agree with.
 
     f' = clip(scale * f + shift, lo, hi)   where f > floor,   else f
-    x' = x + apply * (f' - f) @ W_dec
+    y' = y + apply * a * (f' - f) @ W_dec      y is x, but for a transcoder; a undoes the SAE's norm
 
 Written from the formula, without a line of the package's own arithmetic: nothing is shared but the data of a rule.
 """
@@ -27,15 +27,18 @@ class Told:
     """An amount in units of the norm of x is so near the activation that rounding decides whether they are equal."""
 
 
-def tell(x: Sequence[float], token: Token, rules: Sequence[Rule], saes: Mapping[str, SAE]) -> Told:
-    """Edit one token."""
+def tell(x: Sequence[float], token: Token, rules: Sequence[Rule], saes: Mapping[str, SAE],
+         y: Sequence[float] | None = None) -> Told:  # fmt: skip
+    """Edit one token: ``y``, or x itself."""
     weights = {name: _lists(saes[name]) for name in {rule.sae for rule in rules}}
-    f = {name: activations(x, saes[name], weights[name]) for name in weights}
+    read = {name: normed(x, saes[name]) for name in weights}
+    f = {name: activations(read[name][0], saes[name], weights[name]) for name in weights}
+    y = x if y is None else y
     applies = [
         token["covers"][i] and selected(rule, token) and triggered(rule, f[rule.sae]) for i, rule in enumerate(rules)
     ]
-    told = Told(list(x), [])
-    norm = math.sqrt(sum(v * v for v in x))
+    told = Told(list(y), [])
+    norm = math.sqrt(sum(v * v for v in y))
     for i, rule in enumerate(rules):
         changes = []
         for place, latent in enumerate(rule.latents):
@@ -57,7 +60,7 @@ def tell(x: Sequence[float], token: Token, rules: Sequence[Rule], saes: Mapping[
             told.doubtful |= is_norm and acts and after == before
             changes.append(after - before)
             for d, v in enumerate(weights[rule.sae]["W_dec"][latent]):
-                told.x[d] += (after - before) * v
+                told.x[d] += read[rule.sae][1] * (after - before) * v
         told.df.append(changes)
     return told
 
@@ -80,16 +83,58 @@ def triggered(rule: Rule, f: Sequence[float]) -> bool:
     return rule.trigger is None or any(f[latent] > rule.trigger.threshold for latent in rule.trigger.latents)
 
 
+def normed(x: Sequence[float], sae: SAE) -> tuple[list[float], float]:
+    """What the encoder reads, and by what a change is multiplied on its way back."""
+    n, a = len(x), 1.0
+    mean = sum(x) / n if sae.norm in ("center", "layer_norm") else 0.0
+    out = [v - mean for v in x]
+    if sae.norm == "layer_norm":
+        a = math.sqrt(sum(v * v for v in out) / (n - 1))
+        out = [v / (a + sae.eps) for v in out]
+    if sae.norm == "const_norm":
+        a = math.sqrt(sum(v * v for v in x) / n)
+        out = [v / a if a else v for v in out]
+    return out, 1.0 if sae.is_transcoder else a
+
+
 def activations(x: Sequence[float], sae: SAE, weights: Mapping[str, Any] | None = None) -> list[float]:
-    """All latents of one token."""
+    """All latents of one token, from what the encoder reads."""
     w = weights or _lists(sae)
+    if sae.pursuit is not None:
+        return pursued(x, sae, w)
     pre = [w["b_enc"][j] + sum(v * w["W_enc"][d][j] for d, v in enumerate(x)) for j in range(sae.d_sae)]
     if sae.activation == "relu":
         return [max(p, 0.0) for p in pre]
+    if sae.activation == "tanh_relu":
+        return [math.tanh(max(p, 0.0)) for p in pre]
     if sae.activation == "jumprelu":
         return [p if p > w["threshold"][j] else 0.0 for j, p in enumerate(pre)]
-    kept = set(sorted(range(sae.d_sae), key=lambda j: pre[j])[-(sae.top_k or 1) :])
-    return [max(p, 0.0) if j in kept else 0.0 for j, p in enumerate(pre)]
+    if sae.activation == "groupmax":
+        size = sae.d_sae // (sae.top_k or 1)
+        tops = [max(pre[j // size * size : (j // size + 1) * size]) for j in range(sae.d_sae)]
+        return [max(p, 0.0) if p == top else 0.0 for p, top in zip(pre, tops, strict=True)]
+    rank = [p * w["rank_by"][j] for j, p in enumerate(pre)] if "rank_by" in w else pre
+    rank = [abs(p) for p in rank] if sae.activation == "abstopk" else rank
+    least = sorted(rank)[-(sae.top_k or 1)]
+    kept = [p if r >= least else 0.0 for p, r in zip(pre, rank, strict=True)]
+    return [max(p, 0.0) for p in kept] if sae.activation == "topk" else kept
+
+
+def pursued(x: Sequence[float], sae: SAE, w: Mapping[str, Any]) -> list[float]:
+    """Matching pursuit of one token."""
+    how, found = sae.pursuit, [0.0] * sae.d_sae
+    rest = [v - b for v, b in zip(x, w["b_dec"], strict=True)]
+    for _ in range(how.rounds if how else 0):
+        products = [sum(v * w["W_enc"][d][j] for d, v in enumerate(rest)) for j in range(sae.d_sae)]
+        fits = [abs(p) if how and how.signed else max(p, 0.0) for p in products]
+        best = fits.index(max(fits))
+        coefficient = products[best] if how and how.signed else fits[best]
+        again = coefficient == 0 or found[best] != 0
+        found[best] += coefficient
+        rest = [v - coefficient * w["W_enc"][d][best] for d, v in enumerate(rest)]
+        if how and (how.stops_on_repeat and again or math.sqrt(sum(v * v for v in rest)) < how.residual):
+            break
+    return found
 
 
 def change(op: Any, place: int, f: float, unit: Mapping[str, float]) -> float:
@@ -117,5 +162,5 @@ def change(op: Any, place: int, f: float, unit: Mapping[str, float]) -> float:
 
 
 def _lists(sae: SAE) -> dict[str, Any]:
-    names = ("W_enc", "b_enc", "W_dec", "threshold")
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "rank_by")
     return {name: getattr(sae, name).double().tolist() for name in names if getattr(sae, name) is not None}

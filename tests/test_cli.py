@@ -12,7 +12,8 @@ from saeguard.cli import app
 from tests import words
 
 COMMANDS = (
-    (), ("demo",), ("steer",), ("plan",), ("assets",), ("models",), ("train",),
+    (), ("demo",), ("steer",), ("plan",), ("assets",), ("models",), ("train",), ("inspect",),
+    ("convert",),
     ("latents",), ("latents", "search"), ("latents", "show"), ("latents", "contexts"),
 )  # fmt: skip
 

@@ -16,13 +16,31 @@ import torch
 from jaxtyping import config
 from torch import nn
 
-from saeguard import Ablate, Add, AnyActive, Clamp, Layout, Plan, Rule, Scale, Site, capture, errors, load_sae, steer
+from saeguard import (
+    Ablate,
+    Add,
+    AnyActive,
+    Clamp,
+    Layout,
+    Plan,
+    Rule,
+    Scale,
+    Site,
+    capture,
+    errors,
+    load_sae,
+    self_check,
+    steer,
+)  # fmt: skip
 from saeguard.engines import engine_for
+from saeguard.loaders.convert import convert
 from saeguard.loaders.native import save_sae
 from saeguard.models import find_demo, verify_sha256
 from saeguard.plans import MAX_BYTES
+from saeguard.scoring.table import ScoreTable
 from saeguard.training.corpus import read_corpus
 from tests.counts import cases
+from tests.lookalikes import LOOKALIKES
 from tests.tiny import fresh_model, prompt, tiny_model, tiny_sae
 from tests.traces import add_plan, edited, nothing_left
 
@@ -141,8 +159,21 @@ def newer(folder: Path) -> None:
     load_sae(path)
 
 
+def pickled(folder: Path) -> Path:
+    torch.save({"path": Path("x")}, folder / "sae.pt")
+    return folder / "sae.pt"
+
+
+def without_sites(folder: Path) -> Any:
+    return load_sae(LOOKALIKES["circuit_tracer no config"].write(folder))
+
+
+def without_scale(folder: Path) -> Any:
+    return load_sae(LOOKALIKES["saelens average"].write(folder))
+
+
 CASES: dict[str, Case] = {
-    "unknown stream": (errors.SiteNotFound, "The streams are resid_pre, resid_post", lambda _: Site("resid", 1)),
+    "unknown stream": (errors.SiteNotFound, "The streams are resid_pre, resid_mid, resid_post", lambda _: Site("resid", 1)),
     "site that is no site": (errors.SiteNotFound, "Write it as resid_post.12", lambda _: Site.parse("layer 3")),
     "negative layer": (errors.SiteNotFound, "a model with n blocks ends at layer n-1", lambda _: Site("resid_post", -1)),
     "layer out of range": (errors.SiteNotFound, "has layers 0-2. Use layer 2", lambda _: run(add_plan(1, site=Site("resid_post", 3)))),
@@ -202,14 +233,21 @@ CASES: dict[str, Case] = {
     "busy": (errors.ModelBusy, r"Start the thread with run\.bind", busy),
     "compiled": (errors.CompiledModel, "Steer the original model first", compiled),
     "beams captured": (errors.UnsupportedMode, "Generate without dola_layers", lambda _: run_generate(dola_layers="low")),
-    "topk latent alone": (errors.NotSliceable, r"Use encode\(x\)", lambda _: tiny_sae(activation="topk").encode_at(torch.zeros(1, 32), [1])),
+    "self-check on a few tokens": (errors.SelfCheckFailed, "Give a few hundred tokens", lambda _: self_check(tiny_model(), tiny_sae(), ids=prompt(1, 9))),
+    "score that is not there": (errors.ScoreMismatch, "Compute it first", lambda _: ScoreTable("a", "b", 3, {}, {}).column("x")),
+    "all of some latents": (errors.NotSliceable, r"only 1 of them were read", lambda _: tiny_sae().narrow([1]).encode(torch.zeros(1, 32))),
+    "decoding without x": (errors.NotSliceable, r"sae.decode\(f, x\)", lambda _: replace(SAE, norm="layer_norm").decode(torch.zeros(1, 48))),
     "no such SAE": (errors.UnsupportedFormat, "no such file or folder. Shipped are:", lambda folder: load_sae(folder / "nothing")),
     "SAE of a newer schema": (errors.UnsupportedFormat, "its schema is 9, this version reads 1. Update saeguard", newer),
-    "unsupported file": (errors.UnsupportedFormat, "no loader recognises it.*Loaders of this version", lambda folder: load_sae(folder)),
+    "unsupported file": (errors.UnsupportedFormat, "no loader recognises it.*Families of this version", lambda folder: load_sae(folder)),
     "two loaders": (errors.UnsupportedFormat, "both recognise it", two_loaders),
     "NaN weights": (errors.BrokenFile, "W_dec holds NaN or infinity. Fetch or export", lambda folder: load_sae(written(folder, W_dec=SAE.W_dec * float("nan")))),
     "orientation": (errors.BrokenFile, r"Check the orientation: W_enc is \(d_in, d_sae\)", lambda _: replace(SAE, W_dec=SAE.W_enc)),
     "top_k": (errors.BrokenFile, "Give 1..48", lambda _: replace(SAE, activation="topk", threshold=None, top_k=0)),
+    "pickle that names code": (errors.UnsafePickle, "pathlib", lambda folder: load_sae(pickled(folder))),
+    "transcoder without sites": (errors.MissingSite, "site", without_sites),
+    "no scale": (errors.MissingScale, "input_scale", without_scale),
+    "conversion without memory": (errors.ConversionStopped, "Allow more with memory_bytes", lambda folder: convert(LOOKALIKES["goodfire"].write(folder), folder / "out", memory_bytes=1)),
     "hash": (errors.HashMismatch, "Nothing of it was used", hash_mismatch),
     "no such model": (errors.ModelUnavailable, "Give one of these names, or the path", lambda _: find_demo("gpt-9")),
     "no training text": (errors.TrainError, "there is no document in them. Give .txt files", lambda folder: corpus(folder, "", SimpleNamespace(bos_token_id=1))),

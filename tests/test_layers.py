@@ -15,8 +15,8 @@ PACKAGE = ROOT / "saeguard"
 
 LAYERS = [
     {"errors", "axes", "strict_json"},
-    {"sites", "tokens", "ops"},
-    {"sae", "gates"},
+    {"sites", "tokens", "ops", "norms", "activations"},
+    {"sae", "gates", "archives"},
     {"plans", "loaders"},
     {"kernels", "latents", "cards"},
     {"editor"},
@@ -36,11 +36,14 @@ ANYTHING = {
 }  # the doors: they may open every room
 
 # The bottom of the package has to be readable without knowing a framework.
-PURE = {name: {"torch", "jaxtyping"} for name in ("axes", "sites", "tokens", "sae", "ops", "gates")}
+PURE = {
+    name: {"torch", "jaxtyping"} for name in ("axes", "sites", "tokens", "norms", "activations", "sae", "ops", "gates")
+}
 PURE["errors"] = set()
 # Extras: one adapter each, so that nobody needs what they do not use.
 HOMES = {
     "transformer_lens": {"engines/lens.py"},
+    "sae_lens": {"loaders/live.py"},
     "nnsight": {"engines/nnsight.py"},
     "vllm": {"engines/vllm.py"},
     "triton": {"kernels/triton.py"},

@@ -30,6 +30,7 @@ from saeguard import (
     capture,
     steer,
 )
+from saeguard.activations import Pursuit
 from saeguard.editor import BoundRule, Editor
 from saeguard.tokens import TokenBatch
 from tests import laws, slow_maths, tiny
@@ -37,6 +38,9 @@ from tests.counts import cases
 
 SITE = Site("resid_post", 0)
 KERNELS: tuple[Literal["sliced", "reference"], ...] = ("sliced", "reference")
+
+
+RANKING = ("topk", "topk_norelu", "abstopk", "groupmax")
 
 
 def dyadic_sae(name: str, activation: str, d_in: int, d_sae: int, seed: int) -> SAE:
@@ -50,11 +54,18 @@ def dyadic_sae(name: str, activation: str, d_in: int, d_sae: int, seed: int) -> 
         return torch.tensor([rng.randint(-12, 12) / 8 for _ in range(n)]).view(shape)
 
     bias = torch.tensor([rng.randint(-8, 8) / 8 + j / 4096 for j in range(d_sae)])
+    top_k = rng.randint(1, d_sae) if activation in RANKING else None
+    if activation == "groupmax":
+        top_k = rng.choice([k for k in range(1, d_sae + 1) if d_sae % k == 0])
+    pursuit = Pursuit(2, rng.random() < 0.5, rng.choice((0.0, 0.5)), rng.random() < 0.5)
     return SAE(
-        name=name, W_enc=eighths(d_in, d_sae), b_enc=bias if activation == "topk" else eighths(d_sae),
+        name=name, W_enc=eighths(d_in, d_sae), b_enc=bias if activation in RANKING else eighths(d_sae),
         W_dec=eighths(d_sae, d_in), b_dec=eighths(d_in), activation=activation,  # type: ignore[arg-type]
         threshold=torch.tensor([rng.randint(-2, 16) / 8 for _ in range(d_sae)]) if activation == "jumprelu" else None,
-        top_k=rng.randint(1, d_sae) if activation == "topk" else None,
+        top_k=top_k, pursuit=pursuit if activation == "pursuit" else None,
+        rank_by=torch.tensor([rng.randint(1, 8) / 4 for _ in range(d_sae)])
+        if activation in RANKING[:3] and rng.random() < 0.3
+        else None,
         maximum=torch.tensor([rng.randint(1, 16) / 4 for _ in range(d_sae)]), site=SITE,
     )  # fmt: skip
 
@@ -62,7 +73,8 @@ def dyadic_sae(name: str, activation: str, d_in: int, d_sae: int, seed: int) -> 
 @st.composite
 def saes(draw: Any) -> list[SAE]:
     d_in = draw(st.integers(1, 5))
-    kinds = draw(st.lists(st.sampled_from(("relu", "jumprelu", "topk")), min_size=1, max_size=3))
+    exact = ("relu", "jumprelu", *RANKING, "pursuit")
+    kinds = draw(st.lists(st.sampled_from(exact), min_size=1, max_size=3))
     seed = draw(st.integers(0, 2**20))
     return [dyadic_sae(f"sae{i}", kind, d_in, 1 + (seed + 3 * i) % 9, seed + i) for i, kind in enumerate(kinds)]
 
@@ -105,7 +117,7 @@ def check(rules: Sequence[Rule], found: Sequence[SAE], batch: Any) -> None:
         [slow_maths.tell(x[r, t].tolist(), told_of[r][t], rules, by_name) for t in range(x.shape[1])]
         for r in range(x.shape[0])
     ]
-    bound = [BoundRule(rule, SITE, None) for rule in rules]
+    bound = [BoundRule(rule, SITE, None, SITE) for rule in rules]
     for kernel in KERNELS:
         edit = Editor(SITE, bound, by_name, device=torch.device("cpu"), kernel=kernel)(x, tokens, covers)
         after = torch.where(edit.changed[..., None], x + edit.dx, x)
@@ -153,7 +165,7 @@ OPS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk"])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", *RANKING])
 @pytest.mark.parametrize("edge", EDGES)
 def test_kernels_compute_the_formula_at_the_edges_of_shape(edge, activation):
     (rows, width), latents, padding = EDGES[edge]

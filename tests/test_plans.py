@@ -222,7 +222,7 @@ REFUSED = {
     "negative latent": (changed_rule(latents=[-1]), BadRule, "-1 is not a latent"),
     "latent twice": (changed_rule(latents=[4, 4]), BadRule, r"\[4\] are there more than once"),
     "latents of floats": (changed_rule(latents=[1.0]), BadRule, r"1\.0 is not a latent"),
-    "unknown stream": (changed_rule(site="resid_mid.3"), SiteNotFound, "'resid_mid' is not a stream"),
+    "unknown stream": (changed_rule(site="resid.3"), SiteNotFound, "'resid' is not a stream"),
     "unknown phase": (changed_rule(phase="decode"), BadRule, "phase 'decode'"),
     "empty": ("", BadPlanFile, "it is not JSON"),
     "two documents": (changed() * 2, BadPlanFile, "it is not JSON"),

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -165,14 +165,56 @@ def test_generate_that_outlives_its_block_raises_instead_of_going_on_unedited():
             ended.wait(20)
         return False
 
-    with ThreadPoolExecutor(1) as pool:
+    with nothing_left(MODEL), ThreadPoolExecutor(1) as pool:
         with steer(MODEL, add_plan(3), saes=SAE) as run:
             options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "stopping_criteria": [streamed]}
             future = pool.submit(run.bind(MODEL.generate), IDS, **options)
             started.wait(20)
         ended.set()
 
-        with pytest.raises(GuardNotApplied, match="The block ended before the call did"):
+        with pytest.raises(GuardNotApplied, match="a block that it began in ended while it ran"):
+            future.result()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_generate_whose_streamer_ends_the_block_shows_no_token_that_was_not_edited(nested):
+    """The streamer ends the (inner) block after its second token: the third may not come."""
+    shown: list[Tensor] = []
+    inner = steer(MODEL, add_plan(3), saes=SAE)
+
+    class Ends:
+        def put(self, value: Tensor) -> None:
+            shown.append(value)
+            if len(shown) == 3:  # the prompt is the first
+                inner.__exit__(None, None, None)
+
+        def end(self) -> None:
+            pass
+
+    with nothing_left(MODEL), capture(MODEL, "resid_post.1") if nested else nullcontext():
+        inner.__enter__()
+        with pytest.raises(GuardNotApplied, match="a block that it began in ended while it ran"):
+            MODEL.generate(IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False, streamer=Ends())
+
+    assert len(shown) == 3
+
+
+def test_pass_during_which_its_block_ends_is_refused():
+    middle, ended = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        middle.set()
+        ended.wait(20)
+
+    with nothing_left(MODEL), ThreadPoolExecutor(1) as pool:
+        handle = MODEL.model.layers[0].register_forward_hook(wait)
+        with steer(MODEL, add_plan(3), saes=SAE) as run:
+            future = pool.submit(run.bind(torch.no_grad()(lambda: MODEL(IDS).logits)))
+            middle.wait(20)
+        handle.remove()
+        ended.set()
+
+        with pytest.raises(GuardNotApplied, match="or steer ended while the pass ran"):
             future.result()
 
 

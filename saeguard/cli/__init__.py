@@ -2,7 +2,7 @@
 
 import typer
 
-from saeguard.cli import assets, console, demo, latents, models, plans, steering, training
+from saeguard.cli import assets, console, demo, latents, models, plans, sources, steering, training
 
 app = typer.Typer(
     name="saeguard",
@@ -27,5 +27,7 @@ app.command("steer")(steering.steer)
 app.command("plan")(plans.plan)
 app.add_typer(latents.app, name="latents")
 app.command("assets")(assets.assets)
+app.command("inspect")(sources.inspect)
+app.command("convert")(sources.convert)
 app.command("models")(models.models)
 app.command("train")(training.train)

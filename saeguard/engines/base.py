@@ -1,6 +1,6 @@
 """What an engine owes the layers above: sites to places, and what a call says about its tokens."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -14,7 +14,12 @@ from saeguard.sites import Site
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A site in a live model: what a module reads (``input``) or gives (``output``)."""
+    """A site in a live model: what a module reads (``input``) or gives (``output``), and how the site follows from it.
+
+    Most sites are what the module carries. With ``base`` the site is that plus the stream at another site of the same
+    pass (the stream between attention and MLP is never an output of its own), and with ``gain`` it is
+    (carried - bias) / gain (what a norm gives before its gain).
+    """
 
     site: Site
     module: nn.Module
@@ -22,6 +27,30 @@ class Place:
     side: Literal["input", "output"]
     width: int
     device: torch.device
+    base: Site | None = None
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+
+    def value(self, carried: Stream, base: Tensor | None) -> Stream:
+        """The stream at the site."""
+        if base is not None:
+            return base.to(carried.device) + carried
+        if self.gain is None:
+            return carried
+        plain = carried.float() if self.bias is None else carried.float() - self.bias.to(carried.device)
+        return plain / self.gain.to(carried.device)
+
+    def add(self, carried: Stream, dx: Stream) -> Stream:
+        """What the module has to carry for the site to move by ``dx``."""
+        return (carried + (dx if self.gain is None else dx * self.gain.to(carried.device))).to(carried.dtype)
+
+    def follows(self, other: "Place") -> bool:
+        """Whether both hook the same end of one module, and this stream comes into being after the other one."""
+        return self.module is other.module and self.side == other.side and self._rank > other._rank
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.gain is not None else 1 if self.base is None else 2
 
     def attach(self, change: Callable[[Stream], Stream]) -> Any:
         """Register one hook that passes the stream through ``change``; the handle removes it.
@@ -113,6 +142,17 @@ class Engine(Protocol):
         """Where ``site`` is in the model. Raises `SiteNotFound`, `MetaDevice`."""
         ...
 
+    def value_bias(self, layer: int, *, with_norm: bool) -> Tensor | None:
+        """What ``attn_z`` holds in a block whatever the tokens are: the values' bias, in float32, or None for none.
+
+        ``with_norm`` adds what the values make of the bias of the norm in front of attention.
+        """
+        ...
+
+    def centers(self) -> bool:
+        """Whether the model's norms take the mean out of the stream, so that its mean direction is never read."""
+        ...
+
     def model_names(self) -> tuple[str, ...]:
         """Names under which the model may stand in an SAE's manifest; empty when it has none."""
         ...
@@ -144,3 +184,12 @@ class Engine(Protocol):
     def read_outcome(self, output: Any, request: Request) -> Outcome | None:
         """What a generate call did, from what it returned."""
         ...
+
+
+def places_of(engine: Engine, sites: Iterable[Site]) -> dict[Site, Place]:
+    """Where the sites are, and the sites that they are built on. Raises what `Engine.resolve` raises."""
+    found = {site: engine.resolve(site) for site in dict.fromkeys(sites)}
+    for place in list(found.values()):
+        if place.base is not None and place.base not in found:
+            found[place.base] = engine.resolve(place.base)
+    return found

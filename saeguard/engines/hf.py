@@ -4,6 +4,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from saeguard.engines.base import Outcome, Pass, Place, Request
-from saeguard.engines.layouts import LAYOUTS, Layout
+from saeguard.engines.layouts import LAYOUTS, Layout, Side
 from saeguard.engines.requests import read_outcome, read_request
 from saeguard.engines.traced import is_traced
 from saeguard.errors import CompiledModel, MetaDevice, SiteNotFound, TokensUnknown, UnsupportedMode, UnsupportedModel
-from saeguard.sites import Site
+from saeguard.sites import STREAMS, Site
 
 
 class HuggingFace:
@@ -31,35 +32,64 @@ class HuggingFace:
         self._layout = layout or LAYOUTS[self._config.model_type]
 
     def resolve(self, site: Site) -> Place:
-        blocks_path = self._layout.blocks
-        blocks = _submodule(self.model, blocks_path)
-        if blocks is None:  # the model without its head: LlamaModel rather than LlamaForCausalLM
-            blocks_path = blocks_path.partition(".")[2]
-            blocks = _submodule(self.model, blocks_path)
-        if not isinstance(blocks, nn.ModuleList):
-            raise SiteNotFound(
-                f"site {site} in {type(self.model).__name__}",
-                f"there is no list of blocks at {self._layout.blocks}",
-                "Pass layout=Layout(blocks='path.to.blocks', streams={...}).",
-            )
+        blocks_path, blocks = self._blocks(site)
         if site.layer >= len(blocks):
             raise SiteNotFound(
                 f"site {site} in {type(self.model).__name__}",
                 f"this model has layers 0-{len(blocks) - 1}",
                 f"Use layer {len(blocks) - 1} for the last one.",
             )
-        where = self._layout.where(site.stream)
-        module = None if where is None else _submodule(blocks[site.layer], where[0])
+        block, where = blocks[site.layer], self._layout.where(site.stream)
+        module = None if where is None else _submodule(block, where[0])
         if where is None or module is None:
-            known = ["resid_pre", "resid_post", *self._layout.streams]
+            known = [stream for stream in STREAMS if self._layout.where(stream) is not None]
             raise SiteNotFound(
                 f"site {site} in {type(self.model).__name__}",
                 "this architecture's table has no such stream",
-                f"It has {', '.join(dict.fromkeys(known))}; pass layout=Layout(...) to name another module.",
+                f"It has {', '.join(known)}; pass layout=Layout(...) to name another module.",
             )
         self._check_untraced(site, module)
         path = f"{blocks_path}.{site.layer}" + (f".{where[0]}" if where[0] else "")
-        return Place(site, module, path, where[1], self._width(site, module), self._device(blocks[site.layer]))
+        width = self._width(site, block, module, where[1])
+        place = Place(site, module, path, where[1], width, self._device(block))
+        if site.stream == "resid_mid":
+            return self._between(place)
+        return self._before_gain(place, block) if site.stream == "mlp_normed" else place
+
+    def value_bias(self, layer: int, *, with_norm: bool) -> Tensor | None:
+        site = Site("attn_z", layer)
+        width, its = self.resolve(site).width, self._layout
+        block = self._blocks(site)[1][layer]
+        values = _submodule(block, its.value_bias) if its.value_bias else None
+        norm = _submodule(block, its.attn_norm) if its.attn_norm and with_norm else None
+        if with_norm and values is not None and norm is None and self.centers():
+            raise SiteNotFound(
+                f"what {site} in {type(self.model).__name__} holds whatever the tokens are",
+                "the norm in front of attention has a bias, and its layout does not name that norm",
+                "Pass layout=Layout(..., attn_norm='path in the block').",
+            )
+        bias = None if values is None else _given_nothing(values, getattr(norm, "bias", None))
+        if bias is None:
+            return None
+        if its.fused == "thirds":
+            return bias[-width:]
+        if its.fused is None and len(bias) == width:
+            return bias
+        heads = getattr(self._config, "num_attention_heads", None)
+        if heads is None:
+            raise UnsupportedModel(
+                f"taking the bias of the values off {site} in {type(self.model).__name__}",
+                "it has no config that says how many heads share the bias",
+                "Put it into the SAE with sae.shifted(bias).",
+            )
+        if its.fused == "heads":
+            return bias.view(heads, 3, -1)[:, 2].reshape(-1)
+        per_head = bias.view(getattr(self._config, "num_key_value_heads", None) or heads, -1)
+        return per_head.repeat_interleave(heads // per_head.shape[0], dim=0).reshape(-1)
+
+    def centers(self) -> bool:
+        """Whether the blocks' norms are LayerNorms; those of a vision tower beside them do not count."""
+        return any(isinstance(module, nn.LayerNorm) for module in self._blocks(Site("resid_pre", 0))[1].modules())
 
     def model_names(self) -> tuple[str, ...]:
         name = getattr(self.model, "name_or_path", "") or getattr(self._config, "_name_or_path", "")
@@ -130,6 +160,50 @@ class HuggingFace:
             frame = frame.f_back
         return False
 
+    def _blocks(self, site: Site) -> tuple[str, nn.ModuleList]:
+        path = self._layout.blocks
+        blocks = _submodule(self.model, path)
+        if blocks is None:  # the model without its head: LlamaModel rather than LlamaForCausalLM
+            path = path.partition(".")[2]
+            blocks = _submodule(self.model, path)
+        if not isinstance(blocks, nn.ModuleList):
+            raise SiteNotFound(
+                f"site {site} in {type(self.model).__name__}",
+                f"there is no list of blocks at {self._layout.blocks}",
+                "Pass layout=Layout(blocks='path.to.blocks', streams={...}).",
+            )
+        return path, blocks
+
+    def _between(self, place: Place) -> Place:
+        """The stream between attention and the MLP: what attention adds, and what enters the block."""
+        flag = self._layout.parallel
+        if flag is True or isinstance(flag, str) and getattr(self._config, flag, False):
+            raise SiteNotFound(
+                f"site {place.site} in {type(self.model).__name__}",
+                "its attention and MLP read the same stream, so there is nothing between them",
+                f"Use resid_pre.{place.site.layer} or resid_post.{place.site.layer}.",
+            )
+        return replace(place, base=Site("resid_pre", place.site.layer))
+
+    def _before_gain(self, place: Place, block: nn.Module) -> Place:
+        norm = _submodule(block, self._layout.mlp_norm) if self._layout.mlp_norm else None
+        weight = getattr(norm, "weight", None)
+        if weight is None:
+            raise SiteNotFound(
+                f"site {place.site} in {type(self.model).__name__}",
+                "its MLP has no norm with a gain in front of it",
+                f"Use mlp_in.{place.site.layer}, or pass layout=Layout(..., mlp_norm='path in the block').",
+            )
+        gain = weight.detach().float() + (1.0 if self._layout.gain == "one_plus_weight" else 0.0)
+        if bool((gain.abs() < _NO_GAIN).any()):
+            raise SiteNotFound(
+                f"site {place.site} in {type(self.model).__name__}",
+                f"{int((gain.abs() < _NO_GAIN).sum())} gains of its norm are 0, so what was there before is lost",
+                f"Use mlp_in.{place.site.layer}.",
+            )
+        bias = getattr(norm, "bias", None)
+        return replace(place, gain=gain, bias=None if bias is None else bias.detach().float())
+
     def _check_untraced(self, site: Site, module: nn.Module) -> None:
         kind, compiled = type(module).__name__, getattr(module, "_compiled_call_impl", None) is not None
         if compiled or is_traced(module):
@@ -140,13 +214,18 @@ class HuggingFace:
                 "call torch._dynamo.reset() first.",
             )
 
-    def _width(self, site: Site, module: nn.Module) -> int:
-        if site.stream == "attn_z":
-            weight = next(module.parameters())
-            return weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1]
-        if self._config is None:
-            return next(p.shape[-1] for p in module.parameters() if p.ndim)
-        return self._config.hidden_size
+    def _width(self, site: Site, block: nn.Module, module: nn.Module, side: Side) -> int:
+        if site.stream in ("attn_z", "mlp_post"):
+            found = _width_at(module, side)
+        else:
+            found = getattr(self._config, "hidden_size", None) or _width_into(block)
+        if found is None:
+            raise SiteNotFound(
+                f"site {site} in {type(self.model).__name__}",
+                f"its table names the {side} of a {type(module).__name__}, which does not say how wide it is",
+                "Name the input of the projection that reads this stream.",
+            )
+        return found
 
     def _device(self, block: nn.Module) -> torch.device:
         device = next(block.parameters()).device
@@ -159,6 +238,7 @@ class HuggingFace:
         return device
 
 
+_NO_GAIN = 1e-6
 _MIXIN: Any = GenerationMixin
 _GENERATE = inspect.unwrap(_MIXIN.generate).__code__
 
@@ -206,6 +286,35 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
+
+
+def _width_at(module: nn.Module, side: Side) -> int | None:
+    """Width of what a linear module reads or gives; its weights may be packed, so they are asked last."""
+    for name in ("in_features", "nx") if side == "input" else ("out_features", "nf"):
+        if isinstance(found := getattr(module, name, None), int):
+            return found
+    weight = getattr(module, "weight", None)
+    return weight.shape[-1 if side == "input" else 0] if isinstance(weight, Tensor) and weight.ndim else None
+
+
+def _given_nothing(linear: nn.Module, shift: Tensor | None) -> Tensor | None:
+    """What a linear module gives where the norm in front of it gives only its bias ``shift``, in float32."""
+    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    found = None if bias is None else bias.detach().float()
+    if shift is None or not isinstance(weight, Tensor):
+        return found
+    across = weight.detach().float() if hasattr(linear, "nx") else weight.detach().float().T
+    moved = shift.detach().float().to(across.device) @ across
+    return moved if found is None else moved + found
+
+
+def _width_into(block: nn.Module) -> int | None:
+    """Width of what the first module with weights in a block reads."""
+    for module in block.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim:
+                return _width_at(module, "input") or parameter.shape[-1]
+    return None
 
 
 def _check_unpacked(positions: Any) -> None:

@@ -11,86 +11,22 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import nn
 
 from saeguard.axes import Stream
-from saeguard.editor import Edit, Editor
-from saeguard.engines.base import Engine, Pass, Place, Request, outside_graphs
-from saeguard.errors import GuardNotApplied, ModelBusy, RowsMismatch, TokensUnknown, UnstableEdit, UnsupportedMode
-from saeguard.ledger import CallRecord
+from saeguard.engines.base import Engine, Pass, Place, outside_graphs
+from saeguard.engines.calls import Call, Forward, Participant, View, stream_at, tokens_of, unseen
+from saeguard.errors import GuardNotApplied, ModelBusy, UnstableEdit, UnsupportedMode
 from saeguard.sites import Site
-from saeguard.tokens import TokenBatch, is_special, read_mask
 
 _INSIDE: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("saeguard_sessions", default=frozenset())
 _OPEN: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 _NUMBERS = itertools.count()
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """One participant's knowledge of one forward pass."""
-
-    tokens: TokenBatch
-    covers: Bool[Tensor, "batch rules"]
-    record: CallRecord
-
-
-@runtime_checkable
-class Participant(Protocol):
-    """A block that is open on a model: it edits at some sites, looks at some, or both."""
-
-    sites: frozenset[Site]
-    editors: dict[Site, Editor]
-    special_ids: Int[Tensor, " n"]
-    prompt_tokens: int | tuple[int, ...] | None
-
-    def cover(self, rows: int, request: Request | None) -> Bool[Tensor, "batch rules"]:
-        """Which rules each forward row is under. Raises `RowsMismatch`."""
-        ...
-
-    def open_record(self, request: Request | None) -> CallRecord:
-        """A fresh record of a call."""
-        ...
-
-    def see(self, site: Site, before: Stream, after: Stream, view: View, edit: Edit | None) -> None:
-        """Told of every pass at every one of its sites."""
-        ...
-
-
-@dataclass(eq=False)
-class Call:
-    """A generate call, or the forward passes that share one cache."""
-
-    request: Request | None
-    records: dict[Participant, CallRecord] = field(default_factory=dict)
-    cache: Any = None
-    reached: int | None = None
-    """The column after the last one that was passed."""
-    rows: int | None = None
-
-    def continues(self, seen: Pass) -> bool:
-        """Whether a pass belongs to this call: an empty cache, or another number of rows, starts another one."""
-        ours = self.cache is not None and seen.cache is not None and self.cache() is seen.cache
-        return ours and seen.column > 0 and seen.rows == self.rows
-
-
-@dataclass(eq=False)
-class Forward:
-    """The pass that runs now in this thread."""
-
-    call: Call
-    views: dict[Participant, View]
-    rows: int
-    width: int
-    ran: set[Site] = field(default_factory=set)
-    unstable: list[Tensor] = field(default_factory=list)
 
 
 class Session:
@@ -101,40 +37,81 @@ class Session:
         self.number = next(_NUMBERS)
         self.participants: list[Participant] = []
         self.places: dict[Site, Place] = {}
+        self._needed: frozenset[Site] = frozenset()
         self._handles: dict[Site, Any] = {}
         self._root = ExitStack()
+        self._method = ExitStack()
         self._local = threading.local()
+        self._running = 0
+        """Generate calls and forward passes that have begun and not ended, in all threads."""
+        self._counting = threading.Lock()
 
     @property
     def sites(self) -> frozenset[Site]:
-        """Sites at which some participant edits or looks."""
-        return frozenset().union(*(participant.sites for participant in self.participants))
+        """Sites at which some participant edits, reads or looks, and the sites that those are built on."""
+        asked = frozenset().union(*(participant.sites for participant in self.participants))
+        bases = {self.places[site].base for site in asked if site in self.places}
+        return asked | {site for site in bases if site is not None}
 
     def add(self, participant: Participant, places: dict[Site, Place]) -> None:
         """Place the hooks that are missing, all or none."""
         with ExitStack() as undo:
             if not self.participants:
-                self._root = ExitStack()
                 undo.callback(self._root.close)
+                undo.callback(self._method.close)
                 self._watch_root()
             for site, place in places.items():
                 if site not in self._handles:
-                    self._handles[site] = place.attach(self._change_at(site))
+                    self._attach(site, place)
                     undo.callback(self._detach, site)
-                    self.places[site] = place
             undo.pop_all()
         self.participants.append(participant)
+        self._needed = self._needs()
         _INSIDE.set(_INSIDE.get() | {self.number})
 
     def remove(self, participant: Participant) -> None:
         """Remove exactly the hooks that nobody else needs."""
+        self._forget()  # a pass of this thread that an interrupt ended
         self.participants = [other for other in self.participants if other is not participant]
         for site in set(self._handles) - self.sites:
             self._detach(site)
+        self._needed = self._needs()
         if not self.participants:
-            self._root.close()
-            self._local = threading.local()
+            self._method.close()
+            self._close_when_idle()
             _INSIDE.set(_INSIDE.get() - {self.number})
+
+    def _begin(self) -> None:
+        with self._counting:
+            self._running += 1
+
+    def _end(self) -> None:
+        with self._counting:
+            self._running -= 1
+        if not self.participants:
+            self._close_when_idle()
+
+    def _close_when_idle(self) -> None:
+        """Let go of the model; the root hooks stay until what ran when the last block ended has been refused."""
+        with self._counting:
+            if self._running == 0:
+                self._root.close()
+                self._local = threading.local()
+
+    def _needs(self) -> frozenset[Site]:
+        """Sites whose streams later sites of the same pass need."""
+        editors = [editor for participant in self.participants for editor in participant.editors.values()]
+        bases = [place.base for place in self.places.values() if place.base is not None]
+        return frozenset(bases).union(*(editor.reads for editor in editors))
+
+    def _attach(self, site: Site, place: Place) -> None:
+        """Hook a site, and put behind it the hooks of streams that come after it in the same module."""
+        self._handles[site] = place.attach(self._change_at(site, place))
+        self.places[site] = place
+        for other, later in self.places.items():
+            if later.follows(place):
+                self._handles[other].remove()
+                self._handles[other] = later.attach(self._change_at(other, later))
 
     def _detach(self, site: Site) -> None:
         self._handles.pop(site).remove()
@@ -149,7 +126,7 @@ class Session:
         generate: Any = getattr(model, "generate", None)
         if callable(generate):
             watched = _Generate(model, self._watched(generate))
-            self._root.callback(_restore, model, watched, model.__dict__.get("generate"))
+            self._method.callback(_restore, model, watched, model.__dict__.get("generate"))
             model.__dict__["generate"] = watched
 
     def _watched(self, generate: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,17 +137,21 @@ class Session:
                 return generate(*args, **kwargs)
             self._check_caller()
             request = self.engine.read_request(args, kwargs)
-            call = Call(request)
+            call = Call(request, blocks=tuple(self.participants))
             outer, self._local.call = getattr(self._local, "call", None), call
+            self._begin()
             try:
                 output = generate(*args, **kwargs)
+                self._check_open(call)
             finally:
-                self._local.call, self._local.forward = outer, None
+                self._forget()
+                self._local.call = outer
+                self._end()
             self._check_ran(call)
             outcome = self.engine.read_outcome(output, request)
             if outcome is not None:
                 if (call.reached or 0) < outcome.columns:
-                    raise _unseen(call, outcome.columns)
+                    raise unseen(call, outcome.columns)
                 for record in call.records.values():
                     record.ends = outcome.ends
             return output
@@ -186,23 +167,43 @@ class Session:
             )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running = getattr(self._local, "call", None)
+        if running is not None:
+            self._check_open(running)
         if not self.participants:
             return
         self._check_caller()
         self._check_original(module)
-        self._local.forward = None
+        self._forget()
         seen = self.engine.read_pass(args, kwargs)
         call = self._call_for(seen)
         if call.reached is not None and seen.column > call.reached:
-            raise _unseen(call, seen.column)
+            raise unseen(call, seen.column)
         call.reached, call.rows = seen.column + seen.width, seen.rows
         views = {}
         for participant in self.participants:
             if participant not in call.records:
                 call.records[participant] = participant.open_record(call.request)
             covers = participant.cover(seen.rows, call.request).to(seen.device)
-            views[participant] = View(_tokens(seen, participant, call.request), covers, call.records[participant])
-        self._local.forward = Forward(call, views, seen.rows, seen.width)
+            views[participant] = View(tokens_of(seen, participant, call.request), covers, call.records[participant])
+        self._local.forward = Forward(call, views, seen.rows, seen.width, self.sites)
+        self._begin()
+
+    def _forget(self) -> Forward | None:
+        """The pass that ran in this thread, which has ended now."""
+        forward, self._local.forward = getattr(self._local, "forward", None), None
+        if forward is not None:
+            self._end()
+        return forward
+
+    def _check_open(self, call: Call) -> None:
+        """Refuse to go on with a call when a block that it began in has ended: its edits would be missing."""
+        if any(block not in self.participants for block in call.blocks):
+            raise GuardNotApplied(
+                "a generate call that goes on",
+                "a block that it began in ended while it ran, so that edits would be missing from here on",
+                "End the block after generate has returned; what it has shown so far was edited.",
+            )
 
     def _check_original(self, module: nn.Module) -> None:
         if module is not self.engine.model:
@@ -233,24 +234,31 @@ class Session:
             last = self._local.loose = Call(None)
         return last
 
-    def _change_at(self, site: Site) -> Callable[[Stream], Stream]:
-        def change(x: Stream) -> Stream:
+    def _change_at(self, site: Site, place: Place) -> Callable[[Stream], Stream]:
+        def change(carried: Stream) -> Stream:
             if not self.participants:  # a compiled graph may call this hook after the block has ended
-                return x
-            forward = self._forward_at(site, x)
+                return carried
+            forward = self._forward_at(site, carried)
+            base = None if place.base is None else stream_at(forward, place.base, site)
+            x = place.value(carried, base)
             dx, changed, edits = None, None, {}
             for participant, view in forward.views.items():
                 if site in participant.editors:
-                    edit = edits[participant] = participant.editors[site](x, view.tokens, view.covers)
+                    editor = participant.editors[site]
+                    streams = {other: stream_at(forward, other, site) for other in editor.reads}
+                    edit = edits[participant] = editor(x, view.tokens, view.covers, streams)
                     dx = edit.dx if dx is None else dx + edit.dx
                     changed = edit.changed if changed is None else changed | edit.changed
-            after = x
+            after, x_after = carried, x
             if dx is not None and changed is not None:
-                after = torch.where(changed[..., None], (x + dx).to(x.dtype), x)
+                after = torch.where(changed[..., None], place.add(carried, dx), carried)
+                x_after = after if x is carried else place.value(after, base)
                 forward.unstable.append((changed & ~torch.isfinite(after).all(-1)).any())
             for participant, view in forward.views.items():
                 if site in participant.sites:
-                    participant.see(site, x, after, view, edits.get(participant))
+                    participant.see(site, x, x_after, view, edits.get(participant))
+            if site in self._needed:
+                forward.streams[site] = x_after
             forward.ran.add(site)
             return after
 
@@ -269,15 +277,16 @@ class Session:
         return forward
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        forward, self._local.forward = getattr(self._local, "forward", None), None
+        forward = self._forget()
         if forward is None or output is None:  # None: the pass raised, and this hook only cleans up
             return
-        missing = sorted(map(str, self.sites - forward.ran))
+        missing = sorted(map(str, forward.sites - forward.ran))
         if missing:
             raise GuardNotApplied(
                 f"edits at {', '.join(missing)}",
                 "the forward pass ended and they had not run",
-                "A block was replaced, skipped or called through .forward: restore it, and enter steer again.",
+                "A module was replaced, skipped or called through .forward, or steer ended while the pass ran: restore "
+                "it, and enter steer again.",
             )
         if forward.unstable and bool(torch.stack([flag.cpu() for flag in forward.unstable]).any()):
             raise UnstableEdit(
@@ -347,40 +356,3 @@ def _restore(model: nn.Module, watched: Any, before: Any) -> None:
     del model.__dict__["generate"]
     if before is not None:
         model.__dict__["generate"] = before
-
-
-def _unseen(call: Call, column: int) -> GuardNotApplied:
-    return GuardNotApplied(
-        f"edits up to column {column}",
-        f"only the passes up to column {call.reached} went through saeguard's hooks",
-        "The block ended before the call did, or a compiled copy of the model ran: its output must not be used.",
-    )
-
-
-def _tokens(seen: Pass, participant: Participant, request: Request | None) -> TokenBatch:
-    found = read_mask(seen.mask, seen.rows, seen.width, seen.column)
-    if found is None:
-        raise TokensUnknown(
-            f"a pass of {seen.rows} x {seen.width} tokens after {seen.column} in the cache",
-            f"its attention mask is {tuple(seen.mask.shape) if seen.mask is not None else None}",
-            "Give a mask of rows x (cached + new) columns.",
-        )
-    real, absolute = (tensor.to(seen.device) for tensor in found)
-    special = None
-    if seen.ids is not None:
-        special = is_special(seen.ids, participant.special_ids.to(seen.ids.device))
-    since = None
-    if request is not None:
-        columns = torch.arange(seen.column, seen.column + seen.width, device=seen.device)
-        since = (columns - request.prompt_columns).expand(seen.rows, seen.width)
-    elif participant.prompt_tokens is not None:
-        given = participant.prompt_tokens
-        if isinstance(given, tuple) and len(given) != seen.rows:
-            raise RowsMismatch(
-                f"prompt_tokens for {len(given)} rows",
-                f"the batch has {seen.rows} rows",
-                "Give one number per row, or one for all.",
-            )
-        lengths = torch.tensor(given, device=seen.device).view(-1, 1)
-        since = absolute - lengths
-    return TokenBatch(real, absolute, special, since, seen.column)

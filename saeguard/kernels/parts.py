@@ -4,7 +4,7 @@ A column is one latent of one rule. Rules of different rows may set the same lat
 columns, but it is encoded once: ``encoded`` lists the distinct latents, ``source`` says which of them a column reads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -26,9 +26,7 @@ class Part:
     """One SAE's share of the edits at one site; ``rules`` below counts this part's rules only."""
 
     sae: SAE
-    """The distinct latents of this part only, or the whole SAE where its activation ranks; on the site's device."""
-    picks: Int[Tensor, " u"] | None
-    """Which latents of ``sae`` are encoded, where it is whole."""
+    """Narrowed to the distinct latents of this part, on the site's device."""
     reads: bool
     """False where every rule adds a constant: then nothing is encoded."""
     source: Int[Tensor, " k"]
@@ -40,15 +38,11 @@ class Part:
     hi: Float[Tensor, " k"]
     by_norm: Bool[Tensor, " k"] | None
     """Columns whose amounts are multiples of the norm of x, or None where there are none."""
-    W_dec: Float[Tensor, "k d_in"]
+    W_dec: Float[Tensor, "k d_out"]
     triggers: tuple[tuple[int, AnyActive, Int[Tensor, " _"]], ...]
     """Rule, trigger, and which encoded latents it watches."""
     yields: tuple[tuple[Int[Tensor, " _"], int], ...]
     """Columns that stay as they are wherever the other rule applies, because its priority is higher."""
-
-    def encode(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens u"]:
-        """Activations of the distinct latents."""
-        return self.sae.encode(x) if self.picks is None else self.sae.encode(x)[..., self.picks]
 
     def to(self, device: torch.device) -> "Part":
         """A copy on another device."""
@@ -75,22 +69,24 @@ def lay_out(sae: SAE, rules: Sequence[Rule], rows: Sequence[frozenset[int] | Non
     watched = [latent for rule in rules if rule.trigger for latent in rule.trigger.latents]
     distinct = list(dict.fromkeys([latent for _, latent in columns] + watched))
     place = {latent: index for index, latent in enumerate(distinct)}
-    numbers = _numbers(sae, rules)
+    narrowed = sae.narrow(distinct).to(device="cpu")
+    if not sae.ranks:  # a few latents; a ranking encoder is whole, and is made float32 a chunk at a time
+        narrowed = narrowed.to(dtype=torch.float32)
+    source = _index([place[latent] for _, latent in columns])
     return Part(
-        sae=sae if sae.ranks else _float32(sae.at(distinct)),
-        picks=_index(distinct) if sae.ranks else None,
+        sae=narrowed,
         reads=any(rule.op.lower().reads or rule.trigger for rule in rules),
-        source=_index([place[latent] for _, latent in columns]),
+        source=source,
         rule=_index([index for index, _ in columns]),
         by_norm=_by_norm(rules),
-        W_dec=sae.W_dec[_index([latent for _, latent in columns])].float(),
+        W_dec=narrowed.W_dec[source].float(),
         triggers=tuple(
             (index, rule.trigger, _index([place[latent] for latent in rule.trigger.latents]))
             for index, rule in enumerate(rules)
             if rule.trigger
         ),
         yields=_yields(rules, rows, columns),
-        **numbers,
+        **_numbers(narrowed, rules, place),
     )
 
 
@@ -98,21 +94,17 @@ def _index(numbers: Sequence[int]) -> Int[Tensor, " n"]:
     return torch.tensor(list(numbers), dtype=torch.long)
 
 
-def _float32(sae: SAE) -> SAE:
-    return sae.to(device="cpu", dtype=torch.float32)
-
-
 def _by_norm(rules: Sequence[Rule]) -> Bool[Tensor, " k"] | None:
     flags = [rule.op.lower().unit == "norm" for rule in rules for _ in rule.latents]
     return torch.tensor(flags, dtype=torch.bool) if any(flags) else None
 
 
-def _numbers(sae: SAE, rules: Sequence[Rule]) -> dict[str, Float[Tensor, " k"]]:
+def _numbers(sae: SAE, rules: Sequence[Rule], place: Mapping[int, int]) -> dict[str, Float[Tensor, " k"]]:
     """The five numbers of each column, those in units of the maximum already multiplied out."""
     numbers: dict[str, list[float]] = {"scale": [], "shift": [], "floor": [], "lo": [], "hi": []}
     for rule in rules:
         lowered, k = rule.op.lower(), len(rule.latents)
-        unit = [1.0] * k if lowered.unit != "max" else _maxima(sae, rule)
+        unit = [1.0] * k if lowered.unit != "max" else _maxima(sae, rule, place)
         numbers["scale"] += _spread(lowered.scale, k)
         numbers["floor"] += [lowered.floor] * k
         for name in ("shift", "lo", "hi"):
@@ -124,8 +116,9 @@ def _spread(amount: Amount, k: int) -> list[float]:
     return list(amount) if isinstance(amount, tuple | list) else [amount] * k
 
 
-def _maxima(sae: SAE, rule: Rule) -> list[float]:
-    found = sae.maximum[_index(rule.latents)].float().tolist() if sae.maximum is not None else [0.0]
+def _maxima(sae: SAE, rule: Rule, place: Mapping[int, int]) -> list[float]:
+    mine = _index([place[latent] for latent in rule.latents])
+    found = sae.maximum[mine].float().tolist() if sae.maximum is not None else [0.0]
     if min(found, default=1.0) <= 0:
         raise MissingMaximum(
             f'{rule.op} with unit="max" on {sae.name}',

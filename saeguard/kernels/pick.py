@@ -13,9 +13,9 @@ KernelName = Literal["sliced", "reference"]
 
 @runtime_checkable
 class Kernel(Protocol):
-    """A function from x, a part and the selected tokens to the change of x and of each column's activation."""
+    """A function from what is read, what is edited, a part and the selected tokens to the change; see `sliced.edit`."""
 
-    def __call__(self, x: Stream, part: Part, selected: Fired) -> tuple[Stream, Tensor]: ...
+    def __call__(self, x: Stream, y: Tensor, part: Part, selected: Fired) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
 KERNELS: dict[KernelName, Kernel] = {"sliced": sliced.edit, "reference": reference.edit}

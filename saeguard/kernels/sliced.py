@@ -11,12 +11,17 @@ from saeguard.axes import Fired, Stream
 from saeguard.kernels.parts import TINY, Part
 
 
-def edit(x: Stream, part: Part, selected: Fired) -> tuple[Stream, Float[torch.Tensor, "batch pos k"]]:
-    """What to add to ``x`` (float32), and the change of each column's activation.
+def edit(
+    x: Stream, y: Float[torch.Tensor, "batch pos d_out"], part: Part, selected: Fired
+) -> tuple[Float[torch.Tensor, "batch pos d_out"], Float[torch.Tensor, "batch pos k"], torch.Tensor | None]:
+    """What to add to ``y``, the change of each column's activation, and by what each token's change was scaled.
 
-    ``selected`` says per rule of the part which tokens it is about, before triggers.
+    ``x`` is what the SAE reads and ``y`` what is edited, both float32; they differ under a transcoder. ``selected``
+    says per rule of the part which tokens it is about, before triggers.
     """
-    f = part.encode(x) if part.reads else None
+    scaled = part.sae.norm not in ("none", "center")
+    read = part.sae.read(x) if part.reads or scaled else None
+    f = part.sae.activate(read.x) if part.reads and read is not None else None
     if part.triggers and f is not None:
         selected = selected.clone()
         for rule, trigger, watched in part.triggers:
@@ -24,14 +29,15 @@ def edit(x: Stream, part: Part, selected: Fired) -> tuple[Stream, Float[torch.Te
     applies = selected[..., part.rule]
     for columns, stronger in part.yields:
         applies[..., columns] &= ~selected[..., stronger, None]
-    df = torch.where(applies, _change(x, f, part), 0.0)
-    return df @ part.W_dec, df
+    df = torch.where(applies, _change(y, f, part), 0.0)
+    dy, scale = df @ part.W_dec, None if read is None else read.scale
+    return dy if scale is None else dy * scale, df, scale
 
 
-def _change(x: Stream, f: torch.Tensor | None, part: Part) -> torch.Tensor:
+def _change(y: torch.Tensor, f: torch.Tensor | None, part: Part) -> torch.Tensor:
     shift, lo, hi = part.shift, part.lo, part.hi
     if part.by_norm is not None:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(TINY)
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(TINY)
         unit = torch.where(part.by_norm, norm, 1.0)
         shift, lo, hi = shift * unit, lo * unit, hi * unit
     if f is None:

@@ -1,249 +1,256 @@
-"""SAELens folders, from the first versions to the sixth: the config says how to fold the tensors into our equations.
+"""SAELens folders, from the first versions to the sixth: the config says how the tensors fold into our equations.
 
-    cfg.json                   d_in d_sae architecture apply_b_dec_to_input normalize_activations metadata{...}
-    sae_weights.safetensors    W_enc (d_in, d_sae)  b_enc  W_dec (d_sae, d_in)  b_dec, and by architecture
-                               jumprelu threshold | gated b_gate b_mag r_mag | batchtopk topk_threshold
+    cfg.json                   see `saeguard.loaders.saelens_config`
+    sae_weights.safetensors    W_enc (d_in, d_sae)  b_enc  W_dec (d_sae, d_out)  b_dec, and by architecture
+                               jumprelu threshold or log_threshold | gated b_gate b_mag r_mag, no b_enc
+                               batchtopk threshold or topk_threshold | skip W_skip (d_out, d_in)
+                               matching_pursuit W_dec and b_dec only
 
-    gated       (x W + b_gate > 0) relu(x W e^r + b_mag)   W_enc = W e^r, b_enc = b_mag, threshold = b_mag - e^r b_gate
-    apply b_dec (x - b_dec) @ W_enc + b_enc                b_enc - b_dec @ W_enc
-    rescale     gate sees pre * n, n = |W_dec| by row      W_enc n, b_enc n, W_dec / n
-    finetuning  (f * s) @ W_dec                            s W_dec
+    published     norm_in(x) - b_dec -> p -> f        x_hat = norm_out(f @ W_dec + b_dec) + x @ W_skip.T
+    gated         (p + b_gate > 0) relu(p e^r + b_mag)     W_enc = W e^r, b_enc = b_mag, threshold = b_mag - e^r b_gate
+    apply b_dec   (x - b_dec) @ W_enc + b_enc              b_enc - b_dec @ W_enc, with both as they are in the file
+    input scale   x s, and x_hat / s                       W_enc s, W_dec / s, b_dec / s; a transcoder's output stays
+    rescale       f = act(p n), n = |W_dec| by row         W_enc n, b_enc n, W_dec / n; topk_threshold is in these units
+    finetuning    (f s) @ W_dec                            W_dec s
 
-What does not fold exactly (norms taken from each token, other activations, two sites) is refused by name. Configs
-written before version 6 are flat and have older names for some keys.
+A transcoder has neither b_dec on its input nor norm_out. Published activations are those after all of these folds,
+which is what SAELens itself gives out.
 """
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from reprlib import repr as short
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from saeguard.errors import SiteNotFound, UnsupportedFormat
-from saeguard.loaders import headers
-from saeguard.sae import SAE
+from saeguard.activations import Activation
+from saeguard.archives import Archive
+from saeguard.errors import MissingScale, MissingSite
+from saeguard.loaders import saelens_config, transformer_lens
+from saeguard.loaders.saelens_config import BATCHED, CONFIG, PURSUIT, RANKED, Config
+from saeguard.loaders.source import Hints, Source, broken
+from saeguard.loaders.stored import Piece, Stored, check_specs
+from saeguard.norms import Norm
 from saeguard.sites import Site
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+WEIGHTS = "sae_weights.safetensors"
 
-_RENAMED = {
-    "hook_point": "hook_name",
-    "hook_point_head_index": "hook_head_index",
-    "activation_fn_str": "activation_fn",
-}
-_DEFAULTS = {
-    "architecture": "standard",
-    "activation_fn": "relu",
-    "apply_b_dec_to_input": True,
-    "prepend_bos": True,
-    "finetuning_scaling_factor": False,
-    "normalize_activations": "none",
-}
-# A value of null is as good as no value.
-_KINDS: dict[str, tuple[type, ...]] = {
-    "d_in": (int,), "d_sae": (int,), "k": (int, float), "context_size": (int,), "architecture": (str,),
-    "activation_fn": (str,), "activation_fn_kwargs": (dict,), "hook_name": (str,), "model_name": (str,),
-    "apply_b_dec_to_input": (bool,), "prepend_bos": (bool,), "finetuning_scaling_factor": (bool,),
-    "rescale_acts_by_decoder_norm": (bool,), "normalize_activations": (str, bool),
-    "model_from_pretrained_kwargs": (dict,),
-}  # fmt: skip
-_TRANSCODER = "a transcoder reads one stream and writes another"
-_NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "normalize_activations": (
-        ("none", False, None),
-        "the scale is taken from each token, or is not in the file, and cannot be folded into the weights",
-    ),
-    "reshape_activations": (("none", "hook_z", None), "only heads side by side are known"),
-    "hook_head_index": ((None,), "it reads one head of a site, not the site"),
-    "d_out": ((None,), _TRANSCODER),
-    "hook_name_out": ((None,), _TRANSCODER),
-    "hook_point_out": ((None,), _TRANSCODER),
-    "is_transcoder": ((None, False), _TRANSCODER),
-}
 _BASE = frozenset({"W_enc", "b_enc", "W_dec", "b_dec"})
-_JUMPRELU, _THRESHOLDED = _BASE | {"threshold"}, _BASE | {"topk_threshold"}
-_LAYOUTS = {
-    "standard": (_BASE,),
-    "jumprelu": (_JUMPRELU,),
-    "topk": (_BASE,),
+_THRESHOLD, _TOPK_THRESHOLD, _SKIP = frozenset({"threshold"}), frozenset({"topk_threshold"}), frozenset({"W_skip"})
+_LAYOUTS: dict[str, tuple[frozenset[str], ...]] = {
+    "jumprelu": (_BASE | _THRESHOLD, _BASE | {"log_threshold"}),
     "gated": (frozenset({"W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"}),),
-    "batchtopk": (_JUMPRELU, _THRESHOLDED),
-    "matryoshka_batchtopk": (_JUMPRELU, _THRESHOLDED),
-}
-_NO_RECORD = {
-    "transcoder": _TRANSCODER,
-    "skip_transcoder": _TRANSCODER,
-    "jumprelu_transcoder": _TRANSCODER,
-    "jumprelu_skip_transcoder": _TRANSCODER,
-    "abstopk": "it keeps the largest |pre| with their signs",
-    "matching_pursuit": "its latents are found one after another, not by one encoder",
-    "temporal": "its latents depend on earlier tokens",
-}
-_FINETUNING = {"scaling_factor", "finetuning_scaling_factor"}
-_MODELS = {"gpt2-small": "gpt2"}  # TransformerLens's own name; its other names end as those of the hub do
+    "skip_transcoder": (_BASE | _SKIP,),
+    "jumprelu_transcoder": (_BASE | _THRESHOLD,),
+    "jumprelu_skip_transcoder": (_BASE | _THRESHOLD | _SKIP,),
+    PURSUIT: (frozenset({"W_dec", "b_dec"}),),
+} | dict.fromkeys(BATCHED, (_BASE | _THRESHOLD, _BASE | _TOPK_THRESHOLD))
+_FINETUNING = frozenset({"scaling_factor", "finetuning_scaling_factor"})
+_AXES = {"W_enc": 1, "W_dec": 0, "b_dec": None, "W_skip": None, "topk_threshold": None}
+_NORMS: dict[str, Norm] = {"layer_norm": "layer_norm", "constant_norm_rescale": "const_norm"}
+_SCALED = ("expected_average_only_in", "constant_scalar_rescale")
 
 
-def recognises(source: Path) -> bool:
-    """Whether the folder holds SAELens's two files."""
-    return source.is_dir() and (source / CONFIG).is_file() and (source / WEIGHTS).is_file()
+def recognises(source: Source) -> bool:
+    """Whether SAELens's two files are there."""
+    return source.main in (None, WEIGHTS) and source.has(CONFIG, WEIGHTS)
 
 
-def load(source: Path) -> SAE:
-    """Read a folder; what is folded is float32. Raises `BrokenFile`, `UnsupportedFormat`."""
-    path = source / WEIGHTS
-    cfg = _config(source / CONFIG)
-    name = os.path.basename(os.path.abspath(source))
-    _refuse(name, cfg)
-    shapes = headers.safetensors_shapes(path, headers.safetensors_header(path))
-    _check_tensors(name, path, cfg, shapes)
-    tensors = {key: tensor.float() for key, tensor in headers.safetensors_tensors(path, sorted(shapes)).items()}
-    top_k = cfg["k"] if cfg["architecture"] == "topk" else None
-    weights, folded = _fold(path, cfg, tensors)
-    headers.check_finite(path, weights)
-    site, manifest = _origin(cfg)
-    return SAE(
-        name=name,
-        activation="topk" if top_k is not None else "jumprelu" if "threshold" in weights else "relu",
-        top_k=top_k,
-        site=site,
-        model=_MODELS.get(cfg.get("model_name") or "", cfg.get("model_name")),
-        manifest=manifest | {"folded": folded},
-        **weights,
-    )
+def open(source: Source, hints: Hints) -> Stored:
+    """Raises `BrokenFile`, `UnsupportedFormat`, `MissingSite`, `MissingScale`."""
+    name = os.path.basename(os.path.abspath(source.folder))
+    cfg = saelens_config.read(source, name, hints)
+    archive = source.archive(WEIGHTS)
+    names = _check_tensors(cfg, archive)
+    scale = _input_scale(cfg, hints)
+    site, site_out, unknown = _sites(cfg, hints)
+    norm = _norm(cfg, site, hints, "W_skip" in names)
+    return Stored(
+        family="saelens", name=name, d_in=cfg.d_in, d_sae=cfg.d_sae, d_out=cfg.d_out,
+        activation=_activation(cfg, names), pieces=_pieces(archive, names, cfg),
+        fold=partial(_fold_pursuit if cfg.pursuit else _fold, cfg, scale),
+        top_k=cfg.top_k, pursuit=cfg.pursuit, norm=norm, site=site, site_out=site_out, model=cfg.model,
+        manifest={**cfg.manifest, **unknown, **_processing(cfg, site, norm),
+                  **({} if scale is None else {"input_scale": scale}), "folds": _folds(cfg, names, scale)},
+    )  # fmt: skip
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """The config in the words of version 6, flat, with the defaults that SAELens gives to older files."""
-    raw = headers.json_file(path)
-    metadata = raw.pop("metadata", {})
-    if not isinstance(metadata, dict):
-        raise headers.broken(path, f"metadata is {short(metadata)}")
-    given = metadata | raw
-    cfg = _DEFAULTS | {_RENAMED.get(key, key): value for key, value in given.items() if value is not None}
-    for key, kinds in _KINDS.items():
-        if key in cfg and type(cfg[key]) not in kinds:  # not isinstance: true is no number
-            raise headers.broken(path, f"{key} is {short(cfg[key])}")
-    for key in ("d_in", "d_sae"):
-        if cfg.get(key, 0) <= 0:
-            raise headers.broken(path, f"{key} is {cfg.get(key)}")
-    if cfg["activation_fn"] == "topk" and cfg["architecture"] == "standard":  # before version 5 had the architecture
-        cfg["architecture"] = "topk"
-    if cfg["architecture"] == "topk":
-        k = cfg.get("k", cfg.get("activation_fn_kwargs", {}).get("k"))
-        if type(k) is not int:
-            raise headers.broken(path, f"k is {short(k)}")
-        cfg["k"] = k
-    return cfg
-
-
-def _refuse(name: str, cfg: Mapping[str, Any]) -> None:
-    architecture, activation = cfg["architecture"], cfg["activation_fn"]
-    if architecture in _NO_RECORD:
-        raise _unsupported(name, f"architecture {architecture}", _NO_RECORD[architecture])
-    if architecture not in _LAYOUTS:
-        raise _unsupported(name, f"architecture {short(architecture)}", f"known are {', '.join(_LAYOUTS)}")
-    for key, (neutral, why) in _NEUTRAL.items():
-        if cfg.get(key) not in neutral:
-            raise _unsupported(name, f"{key} {short(cfg[key])}", why)
-    if activation != "relu" and not (activation == "topk" and architecture == "topk"):
-        raise _unsupported(name, f"activation_fn {short(activation)} with {architecture}", "known are relu and topk")
-    if cfg.get("rescale_acts_by_decoder_norm") and architecture in ("standard", "jumprelu", "gated"):
-        raise _unsupported(
-            name, f"rescale_acts_by_decoder_norm with {architecture}", "only TopK families have it in SAELens"
+def _check_tensors(cfg: Config, archive: Archive) -> frozenset[str]:
+    """Names of the tensors, of which none is missing or unknown and all have their shapes."""
+    names = frozenset(archive.specs)
+    finetuning = _FINETUNING if cfg.architecture != PURSUIT else frozenset()
+    needed = _layout(cfg, names)
+    if missing := needed - names:
+        raise broken(archive.path, f"{', '.join(sorted(missing))} of architecture {cfg.architecture} not there")
+    if unknown := names - needed - finetuning:
+        raise cfg.refuse(f"tensor {short(', '.join(sorted(unknown)))}", f"{cfg.architecture} SAEs have none")
+    scales = names & finetuning
+    if len(scales) > 1 or cfg.is_finetuned and not scales:
+        raise broken(
+            archive.path,
+            f"it has {len(scales)} scaling factors and finetuning_scaling_factor of the config is {cfg.is_finetuned}",
         )
-    if cfg.get("model_from_pretrained_kwargs", {}).get("center_writing_weights"):
-        raise _unsupported(
-            name,
-            "center_writing_weights True",
-            "it was trained on a stream without its mean over the width, which the model as published does not have",
-        )
+    shapes = {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, cfg.d_out), "b_dec": (cfg.d_out,),
+              "W_skip": (cfg.d_out, cfg.d_in), "topk_threshold": ()}  # fmt: skip
+    check_specs(archive, {name: shapes.get(name, (cfg.d_sae,)) for name in sorted(names)})
+    return names
 
 
-def _unsupported(name: str, what: str, why: str) -> UnsupportedFormat:
-    return UnsupportedFormat(
-        f"SAELens folder {name} with {what}", why, "Only what folds exactly into an SAE's equations is loaded."
-    )
-
-
-def _check_tensors(name: str, path: Path, cfg: Mapping[str, Any], shapes: Mapping[str, headers.Shape]) -> None:
-    architecture, names = cfg["architecture"], set(shapes) - _FINETUNING
-    layouts = _LAYOUTS[architecture]
-    if architecture not in ("batchtopk", "matryoshka_batchtopk"):
-        needed = layouts[0]
-    elif {"threshold", "topk_threshold"} & names:
-        needed = layouts["topk_threshold" in names]
-    else:
-        raise _unsupported(
-            name,
-            f"architecture {architecture}",
+def _layout(cfg: Config, names: frozenset[str]) -> frozenset[str]:
+    layouts = _LAYOUTS.get(cfg.architecture, (_BASE,))
+    if cfg.architecture not in BATCHED:
+        return next((layout for layout in layouts if layout <= names), layouts[0])
+    by_row, by_batch = "threshold" in names, "topk_threshold" in names
+    if not by_row and not by_batch:
+        raise cfg.refuse(
+            f"architecture {cfg.architecture}",
             "it stores no threshold, and without one its activations depend on the other tokens of the batch",
         )
-    if missing := needed - names:
-        raise headers.broken(path, f"{', '.join(sorted(missing))} of architecture {architecture} not there")
-    if unknown := names - needed:
-        raise _unsupported(name, f"tensor {short(', '.join(sorted(unknown)))}", f"{architecture} SAEs have none")
-    rescaled = cfg.get("rescale_acts_by_decoder_norm")
-    if "topk_threshold" in names and rescaled is None or "threshold" in names and rescaled:
-        raise _unsupported(
-            name,
-            f"architecture {architecture} and rescale_acts_by_decoder_norm {rescaled}",
+    if by_batch and cfg.rescales is None or by_row and cfg.rescales:
+        raise cfg.refuse(
+            f"architecture {cfg.architecture} and rescale_acts_by_decoder_norm {cfg.rescales}",
             "whether the decoder's norms are in the threshold is not said",
         )
-    d_in, d_sae = cfg["d_in"], cfg["d_sae"]
-    special: dict[str, headers.Shape] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,),
-                                         "topk_threshold": ()}  # fmt: skip
-    headers.check_shapes(path, shapes, {key: special.get(key, (d_sae,)) for key in shapes})
+    return layouts[by_batch]
 
 
-def _fold(path: Path, cfg: Mapping[str, Any], t: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of our equations, and what had to be folded for them."""
-    scale, folded = _finetuning(path, cfg, t), [cfg["architecture"]] if "r_mag" in t else []
-    w = {key: tensor for key, tensor in t.items() if key in _JUMPRELU}
-    if "r_mag" in t:
-        gain = t["r_mag"].exp()
-        w["W_enc"], w["b_enc"], w["threshold"] = t["W_enc"] * gain, t["b_mag"], t["b_mag"] - gain * t["b_gate"]
-    if "topk_threshold" in t:
-        w["threshold"] = t["topk_threshold"].expand(cfg["d_sae"]).clone()
-        folded.append("topk_threshold")
-    if cfg["apply_b_dec_to_input"]:
-        w["b_enc"] = w["b_enc"] - w["b_dec"] @ w["W_enc"]
-        folded.append("apply_b_dec_to_input")
-    if cfg.get("rescale_acts_by_decoder_norm"):  # the stored threshold, if there is one, is in rescaled units already
-        norms = w["W_dec"].norm(dim=1)
-        if not norms.all():
-            raise headers.broken(path, "a decoder row of norm 0 under rescale_acts_by_decoder_norm")
-        w["W_enc"], w["b_enc"], w["W_dec"] = w["W_enc"] * norms, w["b_enc"] * norms, w["W_dec"] / norms[:, None]
-        folded.append("rescale_acts_by_decoder_norm")
+def _input_scale(cfg: Config, hints: Hints) -> float | None:
+    if cfg.normalize not in _SCALED:
+        return None
+    if cfg.pursuit:
+        raise cfg.refuse(
+            f"normalize_activations {cfg.normalize}",
+            "atoms have one length, and a scaled input would need two",
+        )
+    scale = hints.input_scale if hints.input_scale is not None else cfg.factor
+    if scale is None:
+        raise MissingScale(
+            f"SAELens folder {cfg.name}",
+            f"its input is normalised by {cfg.normalize}, and the factor is not in its files",
+            "Give input_scale=..., which x is multiplied with: sqrt(d_in) / the mean norm of x over the training text.",
+        )
+    return float(scale)
+
+
+def _sites(cfg: Config, hints: Hints) -> tuple[Site | None, Site | None, dict[str, str]]:
+    """Where it reads and writes, and what the manifest says of a site that is not known."""
+    (site, why), (site_out, why_out) = saelens_config.site(cfg.hooks), saelens_config.site(cfg.hooks_out)
+    if site is not None and site.stream == "mlp_in" and cfg.model_kwargs.get("fold_ln") is True:
+        site = Site("mlp_normed", site.layer)  # the norm's gain is in the weights behind it
+    site, site_out = hints.site or site, hints.site_out or site_out
+    if not cfg.is_transcoder:
+        return site, None, {} if site else {"site_unknown": why}
+    if site is None or site_out is None:
+        raise MissingSite(
+            f"SAELens transcoder {cfg.name}",
+            f"where it {'reads' if site is None else 'writes'} is not known: {why if site is None else why_out}",
+            "Give site=... and site_out=....",
+        )
+    return site, site_out, {}
+
+
+def _norm(cfg: Config, site: Site | None, hints: Hints, skips: bool) -> Norm:
+    """The norm of each token, from the config's and from what TransformerLens did to the stream."""
+    norm = _NORMS.get(cfg.normalize, "none")
+    processed = cfg.model_kwargs.get("center_writing_weights") is True
+    if site is None and hints.overrides.get("center_writing_weights", processed):
+        raise MissingSite(
+            f"SAELens folder {cfg.name}",
+            "center_writing_weights is True, so whether its stream had a mean depends on which stream that is",
+            "Give site=....",
+        )
+    if transformer_lens.norm(site, hints, processed=processed) == "none":
+        return norm
+    if skips or norm == "const_norm":
+        what = "a skip" if skips else "constant_norm_rescale"
+        raise cfg.refuse(
+            f"center_writing_weights True and {what}", f"{what} reads the stream without its mean, and here it has one"
+        )
+    return "center" if norm == "none" else norm
+
+
+def _processing(cfg: Config, site: Site | None, norm: Norm) -> dict[str, Any]:
+    """What has to be undone when the model is there, see `saeguard.engines.corrections`."""
+    # SAELens loads models without processing, so that what is not named was not done.
+    value_biases, fold_ln = (cfg.model_kwargs.get(key) is True for key in ("fold_value_biases", "fold_ln"))
+    found = transformer_lens.processing(site, value_biases=value_biases, fold_ln=fold_ln, centers=False)
+    if found and value_biases and norm != "none":
+        raise cfg.refuse(
+            f"fold_value_biases True and normalize_activations {cfg.normalize}",
+            "the values' bias would have to go before the norm",
+        )
+    return found
+
+
+def _activation(cfg: Config, names: frozenset[str]) -> Activation:
+    if cfg.pursuit:
+        return "pursuit"
+    if cfg.architecture in RANKED:
+        return "abstopk" if cfg.architecture == "abstopk" else "topk"
+    if cfg.is_tanh:
+        return "tanh_relu"
+    return "jumprelu" if names & {"threshold", "log_threshold", "topk_threshold", "r_mag"} else "relu"
+
+
+def _pieces(archive: Archive, names: frozenset[str], cfg: Config) -> dict[str, Piece]:
+    pieces = {
+        "scaling_factor" if name in _FINETUNING else name: Piece(archive, name, _AXES.get(name, 0), name == "W_skip")
+        for name in sorted(names)
+    }
+    return pieces | {"W_enc": Piece(archive, "W_dec", 0, turned=True)} if cfg.pursuit else pieces
+
+
+def _folds(cfg: Config, names: frozenset[str], scale: float | None) -> list[str]:
+    done = {
+        **{name: name in names for name in ("log_threshold", "topk_threshold")}, "gated": "r_mag" in names,
+        "apply_b_dec_to_input": cfg.subtracts_b_dec and not cfg.pursuit, cfg.normalize: scale is not None,
+        "rescale_acts_by_decoder_norm": bool(cfg.rescales), "finetuning_scaling_factor": cfg.is_finetuned,
+    }  # fmt: skip
+    return [fold for fold, is_done in done.items() if is_done]
+
+
+def _fold(cfg: Config, scale: float | None, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    w = _gate(raw)
+    if cfg.subtracts_b_dec:
+        w["b_enc"] = w["b_enc"].float() - w["b_dec"].float() @ w["W_enc"].float()
     if scale is not None:
-        w["W_dec"] = w["W_dec"] * scale[:, None]
-        folded.append("finetuning_scaling_factor")
+        w["W_enc"] = w["W_enc"].float() * scale
+    if scale is not None and not cfg.is_transcoder:
+        w["W_dec"], w["b_dec"] = w["W_dec"].float() / scale, w["b_dec"].float() / scale
+        if cfg.rescales and "threshold" in w:  # it is compared with pre-activations times these norms
+            w["threshold"] = w["threshold"].float() / scale
+    if cfg.rescales:
+        norms = w["W_dec"].float().norm(dim=1)
+        if not norms.all():
+            raise broken(cfg.path, "rescale_acts_by_decoder_norm is True and a row of the decoder has norm 0")
+        w["W_enc"], w["b_enc"] = w["W_enc"].float() * norms, w["b_enc"].float() * norms
+        w["W_dec"] = w["W_dec"].float() / norms[:, None]
+    if cfg.is_finetuned:
+        w["W_dec"] = w["W_dec"].float() * raw["scaling_factor"].float()[:, None]
+    elif "scaling_factor" in raw and not torch.allclose(raw["scaling_factor"].float(), torch.ones(())):
+        raise broken(cfg.path, "scaling factors other than 1 are there, and finetuning_scaling_factor is not True")
     if "threshold" in w:
-        w["threshold"] = w["threshold"].clamp_min(0.0)  # SAELens: relu(pre) where pre > threshold
-    return w, folded
+        w["threshold"] = w["threshold"].clamp_min(0)  # SAELens: relu(pre) where pre > threshold
+    return w | ({"skip": raw["W_skip"]} if "W_skip" in raw else {})
 
 
-def _finetuning(path: Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor | None:
-    stored = [tensors[name] for name in sorted(_FINETUNING & set(tensors))]
-    scales = [scale for scale in stored if not bool((scale == 1).all())]
-    if len(stored) > 1 or bool(scales) and not cfg["finetuning_scaling_factor"]:
-        raise headers.broken(path, f"{len(stored)} scaling factors, and the config does not say to use one")
-    if cfg["finetuning_scaling_factor"] and not stored:
-        raise headers.broken(path, "the config says finetuning_scaling_factor and the file has no such tensor")
-    return scales[0] if scales else None
+def _gate(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder with its bias, the decoder with its own, and a threshold where there is one."""
+    w = {key: tensor for key, tensor in raw.items() if key in _BASE | _THRESHOLD}
+    if "r_mag" in raw:
+        gain, b_mag = raw["r_mag"].float().exp(), raw["b_mag"].float()
+        w["W_enc"], w["b_enc"] = raw["W_enc"].float() * gain, b_mag
+        w["threshold"] = b_mag - gain * raw["b_gate"].float()
+    if "log_threshold" in raw:
+        w["threshold"] = raw["log_threshold"].float().exp()
+    if "topk_threshold" in raw:
+        w["threshold"] = raw["topk_threshold"].float().expand(len(raw["b_enc"])).clone()
+    return w
 
 
-def _origin(cfg: Mapping[str, Any]) -> tuple[Site | None, dict[str, Any]]:
-    hook = cfg.get("hook_name")
-    manifest = {"format": "saelens", "architecture": cfg["architecture"], "hook_name": hook, "bos": cfg["prepend_bos"]}
-    for key, ours in {"context_size": "context", "model_name": "model_name", "dataset_path": "dataset",
-                      "neuronpedia_id": "neuronpedia_id", "sae_lens_version": "sae_lens_version"}.items():  # fmt: skip
-        if type(cfg.get(key)) in (str, int):
-            manifest[ours] = cfg[key]
-    if hook is None:
-        return None, manifest | {"site_unknown": "cfg.json names no hook"}
-    try:
-        return Site.parse(hook), manifest
-    except SiteNotFound as error:
-        return None, manifest | {"site_unknown": str(error)}
+def _fold_pursuit(cfg: Config, scale: None, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    b_dec = raw["b_dec"] if cfg.subtracts_b_dec else torch.zeros_like(raw["b_dec"])
+    return dict(raw) | {"b_enc": torch.zeros(cfg.d_sae), "b_dec": b_dec}

@@ -1,0 +1,100 @@
+"""Change of token confidence: does moving a latent make the model surer or less sure of its next token?
+
+    C_k(p) = -(1/k) sum_{i <= k} log p_(i)        dC_k(j) = C_k(p moved) - C_k(p plain)
+
+p_(i) is the i-th largest probability: Wang et al. 2025 (arXiv 2510.03659), appendix D, k = 1 and alpha = 10. Positive
+is less sure (UP), negative is surer (DOWN). The paper's "scale the code by alpha while keeping all other codes at zero"
+reads in two ways, and both are here:
+
+    additive    x' = x + alpha M W_dec[j]                 M as in the output score; every latent has a score
+    scaled      x' = decode(alpha f_j, all others 0)      no error term; NaN where f_j = 0, as alpha then says nothing
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saeguard.sae import SAE
+from saeguard.scoring.next_token import PREFIX, MaxOf, Prefix, amounts, provenance, read_prefixes, rows_at_once
+from saeguard.scoring.sweep import Progress, chosen, spread, sweep
+from saeguard.scoring.table import Meaning, ScoreTable
+
+Reading = Literal["additive", "scaled"]
+
+
+def confidence(log_p: Float[Tensor, "*rows vocab"], k: int = 1) -> Float[Tensor, "*rows"]:
+    """C_k: the mean negative log-probability of the ``k`` likeliest tokens, in nats."""
+    if k == 1:
+        return -log_p.amax(-1)
+    return -log_p.topk(k, dim=-1).values.mean(-1)
+
+
+def token_confidence(
+    model: nn.Module,
+    tokenizer: Any,
+    sae: SAE,
+    *,
+    reading: Reading = "additive",
+    ks: Sequence[int] = (1,),
+    prefixes: Sequence[str] = (PREFIX,),
+    latents: Sequence[int] | None = None,
+    factor: float = 10.0,
+    of: MaxOf = "batch",
+    batch: int | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> ScoreTable:
+    """One column per k: ``confidence_change_1``, ... or ``confidence_change_scaled_1``, ...
+
+    ``factor`` is alpha; ``of`` is for the additive reading. Over several prefixes the changes are averaged; in the
+    scaled reading over those at whose end the latent fires. Raises `BindError`, `ScoreMismatch`.
+    """
+    wanted = chosen(sae, latents)
+    read = read_prefixes(model, tokenizer, sae, prefixes)
+    names = {k: f"confidence_change_{'scaled_' if reading == 'scaled' else ''}{k}" for k in ks}
+    moved = amounts(read, factor, of) if reading == "additive" else [factor * prefix.f for prefix in read]
+    if reading == "scaled":
+        firing = torch.stack([prefix.f for prefix in read]).ne(0).any(0).tolist()
+        swept = [latent for latent in wanted if firing[latent]]
+    else:
+        swept = wanted
+
+    def step(rows: list[int]) -> dict[str, Tensor]:
+        each: dict[int, list[Tensor]] = {k: [] for k in ks}
+        for prefix, amount in zip(read, moved, strict=True):
+            dx = amount[rows, None] * prefix.directions(rows)
+            log_p = prefix.log_p(dx if reading == "additive" else dx + _emptied(prefix))
+            silent = amount[rows] == 0 if reading == "scaled" else torch.zeros(len(rows), dtype=torch.bool)
+            for k in ks:
+                change = confidence(log_p, k) - confidence(prefix.clean, k)
+                each[k].append(change.masked_fill(silent.to(change.device), torch.nan))
+        return {names[k]: torch.stack(each[k]).nanmean(0) for k in ks}
+
+    settings = {"factor": factor, "reading": reading, **({"of": of} if reading == "additive" else {})}
+    asked = provenance(model, read, score="token_confidence", ks=list(ks), **settings)
+    found = sweep(
+        swept, step, batch=rows_at_once(read[0], batch), asked={**asked, "sae": sae.fingerprint()},
+        checkpoint=checkpoint, progress=progress,
+    )  # fmt: skip
+    meaning = "change of -mean log p of the {} likeliest tokens, nats; below 0 is surer"
+    return ScoreTable.of(
+        sae,
+        {
+            names[k]: (
+                spread(sae, swept, found.get(names[k], torch.zeros(0))),
+                Meaning(meaning.format(k), "Wang et al. 2025, appendix D"),
+            )
+            for k in ks
+        },
+        **asked,
+    )
+
+
+def _emptied(prefix: Prefix) -> Float[Tensor, "1 d_out"]:
+    """What takes the stream to the reconstruction from codes that are all zero."""
+    nothing = torch.zeros(1, len(prefix.sae.W_dec), device=prefix.x.device)
+    return prefix.sae.decode(nothing, prefix.x) - prefix.y
