@@ -90,9 +90,11 @@ def all_scores(statistics: Statistics) -> None:
 def activation_part(model: Any, tokenizer: Any, sae: SAE, n_tokens: int, rounds: int = 3) -> dict[str, float]:
     ids, _ = write_chunks(model, tokenizer, n_tokens=n_tokens)
     halves = ids[: len(ids) // 2], ids[len(ids) // 2 :]
-    group = {"common": ids.flatten().mode().values.unsqueeze(0).tolist()}
+    counts = torch.bincount(ids.flatten())
+    counts[tokenizer.all_special_ids] = 0
+    groups = {str(place): [int(token)] for place, token in enumerate(counts.topk(3).indices)}
     texts = {
-        name: Texts.from_ids(half, special_ids=tokenizer.all_special_ids, name=name).with_groups(group)
+        name: Texts.from_ids(half, special_ids=tokenizer.all_special_ids, name=name).with_groups(groups)
         for name, half in zip(("forget", "retain"), halves, strict=True)
     }
 
