@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from jaxtyping import config as jaxtyping_config
 
 from saeguard.engines import session
 from tests import counts  # noqa: F401  registers the hypothesis profile before any test is collected
@@ -23,3 +24,11 @@ def no_session_is_left_open() -> Iterator[None]:
     left = [type(model).__name__ for model in session._OPEN]
     session._OPEN.clear()
     assert not left, f"a steer or capture block is still open on {left}"
+
+
+@pytest.fixture
+def without_type_checks() -> Iterator[None]:
+    """As users run it: the checking of annotations is faster than some of our errors, and most of the time of loads."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)

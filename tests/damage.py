@@ -27,3 +27,12 @@ def surprises(like: LookAlike, folder: Path, options: Mapping[str, Any] | None =
                 found.append(f"{path.name} cut at {length} of {len(whole)}: {error!r}")
         path.write_bytes(whole)
     return found
+
+
+def refused(source: Path, **options: Any) -> bool:
+    """Whether loading ends in a `LoadError`; anything else that it raises goes on."""
+    try:
+        load_sae(source, **options)
+    except LoadError:
+        return True
+    return False

@@ -5,7 +5,7 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from jaxtyping import config
 from torch import nn
 
 from saeguard import (
@@ -257,14 +256,6 @@ CASES: dict[str, Case] = {
 def run_generate(**options: Any) -> None:
     with steer(tiny_model(), add_plan(1), saes=SAE):
         tiny_model().generate(IDS, max_new_tokens=2, **options)
-
-
-@pytest.fixture
-def without_type_checks() -> Iterator[None]:
-    """As users run it: the tests' own checking of annotations would be faster than some of our errors."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("without_type_checks")

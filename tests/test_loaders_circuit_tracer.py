@@ -1,19 +1,19 @@
 """circuit-tracer's transcoders: which layer, which hooks, which activation, and what is refused by name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jaxtyping import config
 from safetensors.torch import save_file
 
 from saeguard import SAE, Site, load_sae
-from saeguard.errors import BrokenFile, LoadError, MissingSite, UnsupportedFormat
+from saeguard.errors import BrokenFile, MissingSite, UnsupportedFormat
 from saeguard.loaders import open_sae
 from saeguard.loaders.native import save_sae
+from tests.damage import refused
 from tests.lookalikes import LOOKALIKES
 from tests.lookalikes.base import D_IN, D_SAE, TOP_K, LookAlike, Tensors, inputs, weights
 from tests.lookalikes.circuit_tracer import CONFIG, FEW, JUMP, RUN, SKIP, as_published, write
@@ -209,22 +209,6 @@ def test_kept_activations_of_topk_may_be_below_zero():
 
     assert bool((f < 0).any())
     assert FEW["b_enc"].max() < 0
-
-
-@pytest.fixture
-def without_type_checks() -> Iterator[None]:
-    """Thousands of loads: the checking of annotations would take most of the time."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
-
-
-def refused(source: Path) -> bool:
-    try:
-        load_sae(source)
-    except LoadError:
-        return True
-    return False
 
 
 @pytest.mark.usefixtures("without_type_checks")

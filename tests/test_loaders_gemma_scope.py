@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jaxtyping import config
 from safetensors.torch import save_file
 
 from saeguard import SAE, Site, load_sae
 from saeguard.errors import BrokenFile, LoadError, MissingSite, UnsupportedFormat
 from saeguard.loaders import open_sae
+from tests.damage import refused
 from tests.lookalikes import LOOKALIKES
 from tests.lookalikes.base import D_IN, D_SAE, LookAlike, Tensors, inputs
 from tests.lookalikes.gemma_scope import AFFINE, FIRST, SCALED, SECOND, WIDER, config_of, write_npz, write_params
@@ -304,22 +304,6 @@ def test_look_alike_tells_a_wrong_fold_from_the_right_one(name, tmp_path):
 
     assert not differs(like, sae)
     assert differs(like, change(sae))
-
-
-@pytest.fixture
-def without_type_checks() -> Iterator[None]:
-    """Thousands of loads: the checking of annotations would take most of the time."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
-
-
-def refused(source: Path) -> bool:
-    try:
-        load_sae(source)
-    except LoadError:
-        return True
-    return False
 
 
 @pytest.mark.usefixtures("without_type_checks")

@@ -3,18 +3,18 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jaxtyping import config
 
 from saeguard import SAE, load_sae
 from saeguard.errors import BrokenFile, LoadError, MissingScale, MissingSite, UnsupportedFormat
 from saeguard.loaders import open_sae
+from tests.damage import refused
 from tests.lookalikes import LOOKALIKES
 from tests.lookalikes.base import D_IN, D_SAE, LookAlike, Tensors, inputs
 from tests.lookalikes.llama_scope import (
@@ -313,22 +313,6 @@ def test_look_alike_tells_a_wrong_reading_from_the_right_one(name, tmp_path):
 
     assert not differs(like, sae)
     assert differs(like, change(sae))
-
-
-@pytest.fixture
-def without_type_checks() -> Iterator[None]:
-    """Hundreds of loads: the checking of annotations would take most of the time."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
-
-
-def refused(source: Path) -> bool:
-    try:
-        load_sae(source)
-    except LoadError:
-        return True
-    return False
 
 
 @pytest.mark.usefixtures("without_type_checks")

@@ -3,7 +3,7 @@
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from jaxtyping import config
 
 from saeguard import SAE, Site, load_sae
-from saeguard.errors import BrokenFile, LoadError, MissingExtra, MissingScale, MissingSite, UnsupportedFormat
+from saeguard.errors import BrokenFile, MissingExtra, MissingScale, MissingSite, UnsupportedFormat
 from saeguard.loaders import LOADERS, saelens
 from saeguard.loaders.live import load_saelens
 from saeguard.loaders.source import Hints, Source
+from tests.damage import refused
 from tests.lookalikes import LOOKALIKES
 from tests.lookalikes.base import D_IN, D_SAE, TOP_K, Tensors, inputs
 from tests.lookalikes.saelens import (
@@ -426,22 +426,6 @@ def test_saelens_wrong_fold_does_not_pass_for_the_right_one(name, tmp_path):
 
     assert passes(sae)
     assert not passes(wrong)
-
-
-@pytest.fixture
-def without_type_checks() -> Iterator[None]:
-    """Thousands of loads: the checking of annotations would take most of the time."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
-
-
-def refused(source: Path, **options: Any) -> bool:
-    try:
-        load_sae(source, **options)
-    except LoadError:
-        return True
-    return False
 
 
 @pytest.mark.usefixtures("without_type_checks")

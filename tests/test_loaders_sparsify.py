@@ -1,19 +1,19 @@
 # ruff: noqa: E501  one case of the table is one line
 """sparsify: which module a folder's name means, when b_dec is taken off x, and readings that would be wrong."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jaxtyping import config
 from safetensors.torch import load_file, save_file
 
 from saeguard import SAE, load_sae
 from saeguard.errors import BrokenFile, LoadError, MissingSite, UnsupportedFormat
 from saeguard.loaders import open_sae
+from tests.damage import refused
 from tests.lookalikes import LOOKALIKES
 from tests.lookalikes.base import D_IN, D_SAE, TOP_K, LookAlike, Tensors, inputs, weights
 from tests.lookalikes.sparsify import EXPANDED, NOW, OLD, RUN, SKIP, write
@@ -230,22 +230,6 @@ def test_signed_keeps_activations_below_zero():
 
     assert bool((f < 0).any())
     assert int((f != 0).sum(-1).max()) == TOP_K
-
-
-@pytest.fixture
-def without_type_checks() -> Iterator[None]:
-    """Hundreds of loads: the checking of annotations would take most of the time."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
-
-
-def refused(source: Path) -> bool:
-    try:
-        load_sae(source)
-    except LoadError:
-        return True
-    return False
 
 
 @pytest.mark.usefixtures("without_type_checks")

@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from jaxtyping import config
 
 from saeguard import Ablate, Clamp, Plan, Rule, Site, load_sae, open_sae, save_sae, steer
 from saeguard.engines.corrections import on_plain_weights
@@ -25,12 +23,7 @@ LIKE = LOOKALIKES["goodfire"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(autouse=True)
-def without_type_checks() -> Iterator[None]:
-    """As users run it: the tests' own checking of annotations would be faster than these errors."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 
 @pytest.fixture
