@@ -1,6 +1,5 @@
 """Record what flows past sites, changing nothing; composes with steering."""
 
-import contextvars
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -15,6 +14,7 @@ from saeguard.engines import engine_for
 from saeguard.engines.base import Request, places_of
 from saeguard.engines.calls import View
 from saeguard.engines.layouts import Layout
+from saeguard.engines.session import bind as bind_to
 from saeguard.engines.session import join, leave
 from saeguard.errors import SiteNotFound, UnsupportedMode
 from saeguard.ledger import CallRecord
@@ -50,13 +50,8 @@ class Tape:
         return torch.cat([tokens.real.cpu() for tokens, _ in self._last(site)], dim=1)
 
     def bind(self, function: Callable[P, T]) -> Callable[P, T]:
-        """``function`` for another thread: there it counts as called inside this block."""
-        context = contextvars.copy_context()
-
-        def bound(*args: P.args, **kwargs: P.kwargs) -> T:
-            return context.copy().run(function, *args, **kwargs)  # a copy: several threads may be in here at once
-
-        return bound
+        """``function`` for another thread: there it counts as called inside this block, while the block is open."""
+        return bind_to(self, function)
 
     def cover(self, rows: int, request: Request | None) -> Bool[Tensor, "batch rules"]:
         """Every row, no rule."""

@@ -1,6 +1,5 @@
 """Steer a model: apply plans to every forward pass inside a ``with`` block, and report what was really edited."""
 
-import contextvars
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations, product
@@ -17,6 +16,7 @@ from saeguard.engines.base import Engine, Place, Request, places_of
 from saeguard.engines.calls import View
 from saeguard.engines.corrections import on_plain_weights
 from saeguard.engines.layouts import Layout
+from saeguard.engines.session import bind as bind_to
 from saeguard.engines.session import join, leave, participants
 from saeguard.errors import (
     AmbiguousSAE,
@@ -75,13 +75,8 @@ class Run:
         return report(self.rules, self.calls)
 
     def bind(self, function: Callable[P, T]) -> Callable[P, T]:
-        """``function`` for another thread: there it counts as called inside this block."""
-        context = contextvars.copy_context()
-
-        def bound(*args: P.args, **kwargs: P.kwargs) -> T:
-            return context.copy().run(function, *args, **kwargs)  # a copy: several threads may be in here at once
-
-        return bound
+        """``function`` for another thread: there it counts as called inside this block, while the block is open."""
+        return bind_to(self, function)
 
     def cover(self, rows: int, request: Request | None) -> Bool[Tensor, "batch rules"]:
         """Which rules each forward row is under. Raises `RowsMismatch`."""

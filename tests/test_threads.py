@@ -218,6 +218,37 @@ def test_pass_during_which_its_block_ends_is_refused():
             future.result()
 
 
+def test_loop_of_passes_that_outlives_its_block_is_refused_at_its_next_pass():
+    """A loop of model(...) on one cache: the pass after the end of the block would be plain on a steered cache."""
+    first, ended = threading.Event(), threading.Event()
+
+    @torch.no_grad()
+    def loop() -> Tensor:
+        out = MODEL(IDS, use_cache=True)
+        first.set()
+        ended.wait(20)
+        return MODEL(IDS[:, -1:], past_key_values=out.past_key_values, use_cache=True).logits
+
+    with nothing_left(MODEL), ThreadPoolExecutor(1) as pool:
+        with steer(MODEL, add_plan(3), saes=SAE) as run:
+            future = pool.submit(run.bind(loop))
+            first.wait(20)
+        ended.set()
+
+        with pytest.raises(GuardNotApplied, match="or a bound function, that goes on"):
+            future.result()
+
+
+@pytest.mark.parametrize("block", [lambda: steer(MODEL, add_plan(3), saes=SAE), lambda: capture(MODEL, "resid_post.1")])
+def test_function_bound_to_a_block_that_has_ended_is_refused(block):
+    with block() as run:
+        bound = run.bind(lambda: MODEL(IDS))
+        bound()
+
+    with pytest.raises(GuardNotApplied, match="the block has ended, so that the call would run without its edits"):
+        bound()
+
+
 def test_asyncio_tasks_get_their_own_result_or_model_busy():
     expected = [steered_alone(number) for number in range(THREADS)]
 

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import MethodType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from saeguard.engines.base import Engine, Pass, Place, outside_graphs
 from saeguard.engines.calls import Call, Forward, Participant, View, stream_at, tokens_of, unseen
 from saeguard.errors import GuardNotApplied, ModelBusy, UnstableEdit, UnsupportedMode
 from saeguard.sites import Site
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _INSIDE: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("saeguard_sessions", default=frozenset())
 _OPEN: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
@@ -142,7 +145,7 @@ class Session:
             self._begin()
             try:
                 output = generate(*args, **kwargs)
-                self._check_open(call)
+                self._check_open(call.blocks)
             finally:
                 self._forget()
                 self._local.call = outer
@@ -169,7 +172,8 @@ class Session:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running = getattr(self._local, "call", None)
         if running is not None:
-            self._check_open(running)
+            self._check_open(running.blocks)
+        self._check_open(getattr(self._local, "bound", ()))
         if not self.participants:
             return
         self._check_caller()
@@ -196,14 +200,25 @@ class Session:
             self._end()
         return forward
 
-    def _check_open(self, call: Call) -> None:
-        """Refuse to go on with a call when a block that it began in has ended: its edits would be missing."""
-        if any(block not in self.participants for block in call.blocks):
+    def _check_open(self, blocks: Sequence[Participant]) -> None:
+        """Refuse to go on when a block that was open at the beginning has ended: its edits would be missing."""
+        if any(block not in self.participants for block in blocks):
             raise GuardNotApplied(
-                "a generate call that goes on",
+                "a generate call, or a bound function, that goes on",
                 "a block that it began in ended while it ran, so that edits would be missing from here on",
-                "End the block after generate has returned; what it has shown so far was edited.",
+                "End the block after it has returned; what it has shown so far was edited.",
             )
+
+    def run_bound(self, participant: Participant, function: Callable[[], Any]) -> Any:
+        """Call ``function`` in this thread as a part of a block: once the block has ended, passes are refused."""
+        outer = getattr(self._local, "bound", ())
+        self._begin()
+        self._local.bound = (*outer, participant)
+        try:
+            return function()
+        finally:
+            self._local.bound = outer
+            self._end()
 
     def _check_original(self, module: nn.Module) -> None:
         if module is not self.engine.model:
@@ -328,6 +343,28 @@ def leave(session: Session, participant: Participant) -> None:
         session.remove(participant)
         if not session.participants:
             _OPEN.pop(session.engine.model, None)
+
+
+def bind(participant: Participant, function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` for another thread: there it counts as called inside the block of ``participant``.
+
+    Raises `GuardNotApplied` where the block has ended, before the function or at its next pass of the model.
+    """
+    context = contextvars.copy_context()
+
+    def bound(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _LOCK:
+            session = next((one for one in _OPEN.values() if participant in one.participants), None)
+        if session is None:
+            raise GuardNotApplied(
+                f"a call of {getattr(function, '__name__', 'a function')} bound to a block",
+                "the block has ended, so that the call would run without its edits",
+                "Call it while the block is open, or call the function itself.",
+            )
+        # a copy of the context: several threads may be in here at once
+        return context.copy().run(session.run_bound, participant, lambda: function(*args, **kwargs))
+
+    return bound
 
 
 def participants(model: nn.Module) -> Sequence[Participant]:
