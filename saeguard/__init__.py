@@ -7,7 +7,9 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
+    from saeguard.boosted import Boosted, base_of, boosts_of
     from saeguard.capturing import Tape, capture
+    from saeguard.dense import Reweight, Splice
     from saeguard.engines.layouts import Layout
     from saeguard.errors import SaeguardError
     from saeguard.evaluating.self_check import self_check
@@ -32,16 +34,21 @@ __all__ = [
     "AnyActive",
     "AtLeast",
     "AtMost",
+    "Boosted",
     "Clamp",
     "Layout",
     "Plan",
     "Report",
+    "Reweight",
     "Rule",
     "Run",
     "SaeguardError",
     "Scale",
     "Site",
+    "Splice",
     "Tape",
+    "base_of",
+    "boosts_of",
     "capture",
     "load_model",
     "load_sae",
@@ -53,7 +60,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "boosted": ("Boosted", "base_of", "boosts_of"),
     "capturing": ("Tape", "capture"),
+    "dense": ("Reweight", "Splice"),
     "engines.layouts": ("Layout",),
     "errors": ("SaeguardError",),
     "evaluating.self_check": ("self_check",),

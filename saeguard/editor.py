@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saeguard.axes import Fired, Mask, Stream
 from saeguard.errors import SiteNotFound
+from saeguard.kernels.dense_parts import DensePart, lay_out_dense
 from saeguard.kernels.parts import Part, lay_out
 from saeguard.kernels.pick import KernelName, pick
 from saeguard.plans import Plan, Rule, check_overlaps
@@ -46,6 +47,42 @@ class PartEdit:
     scale: Float[Tensor, "batch pos 1"] | None
     """By what each token's change was multiplied on its way out of the SAE; None stands for 1."""
 
+    @property
+    def changed(self) -> Mask:
+        """Tokens where any rule changed an activation."""
+        return (self.df != 0).any(-1)
+
+    def sizes(self) -> tuple[Fired, Float[Tensor, "batch pos rules"]]:
+        """Per rule of the part, which tokens it changed and the norm of its change, on the CPU."""
+        df, owner = self.df.detach().cpu(), self.part.rule.cpu()
+        W_dec = self.part.W_dec.detach().cpu()
+        scale = 1.0 if self.scale is None else self.scale.detach().cpu()[..., 0]
+        edited, norms = [], []
+        for mine in (owner == local for local in range(len(self.rules))):
+            edited.append((df[..., mine] != 0).any(-1))
+            norms.append(torch.linalg.vector_norm(df[..., mine] @ W_dec[mine], dim=-1) * scale)
+        return torch.stack(edited, -1), torch.stack(norms, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseEdit:
+    """The same of a part of dense rules, whose changes are too wide to keep."""
+
+    part: DensePart
+    rules: tuple[int, ...]
+    selected: Fired
+    edited: Fired
+    norm: Float[Tensor, "batch pos rules"]
+
+    @property
+    def changed(self) -> Mask:
+        """Tokens where any rule changed x."""
+        return self.edited.any(-1)
+
+    def sizes(self) -> tuple[Fired, Float[Tensor, "batch pos rules"]]:
+        """Per rule of the part, which tokens it changed and the norm of its change, on the CPU."""
+        return self.edited.cpu(), self.norm.detach().cpu()
+
 
 @dataclass(frozen=True, eq=False)
 class Edit:
@@ -53,7 +90,7 @@ class Edit:
 
     dx: Stream
     changed: Mask
-    parts: tuple[PartEdit, ...]
+    parts: tuple[PartEdit | DenseEdit, ...]
 
 
 def bind(plans: Sequence[Plan | None], saes: Mapping[str, SAE], *, every_row: bool) -> tuple[BoundRule, ...]:
@@ -109,18 +146,19 @@ class Editor:
     ):
         self.site = site
         self.rules = tuple(rules)
-        self._kernel = pick(kernel)
-        self._parts: list[tuple[Site, tuple[int, ...], Tensor, Part]] = []
-        self._elsewhere: dict[tuple[int, torch.device], Part] = {}
-        by_sae: dict[tuple[str, str], list[int]] = {}
+        self._kernels = pick(kernel)
+        self._parts: list[tuple[Site, tuple[int, ...], Tensor, Part | DensePart]] = []
+        self._elsewhere: dict[tuple[int, torch.device], Part | DensePart] = {}
+        by_sae: dict[tuple[str, str, bool], list[int]] = {}
         # sums of floats depend on the order of their terms, so that order is not the one of declaration
         for index, bound in sorted(enumerate(self.rules), key=lambda numbered: repr(numbered[1].rule)):
             if bound.site == site:
-                by_sae.setdefault((saes[bound.rule.sae].key, str(bound.reads)), []).append(index)
-        for _, members in sorted(by_sae.items()):
+                kind = (saes[bound.rule.sae].key, str(bound.reads), bound.rule.is_dense)
+                by_sae.setdefault(kind, []).append(index)
+        for (*_, is_dense), members in sorted(by_sae.items()):
             mine = [self.rules[index] for index in members]
-            sae = saes[mine[0].rule.sae]
-            part = lay_out(sae, [bound.rule for bound in mine], [bound.plans for bound in mine])
+            sae, wanted = saes[mine[0].rule.sae], [bound.rule for bound in mine]
+            part = lay_out_dense(sae, wanted) if is_dense else lay_out(sae, wanted, [bound.plans for bound in mine])
             self._parts.append((mine[0].reads, tuple(members), torch.tensor(members), part.to(device)))
         self.reads = frozenset(reads for reads, *_ in self._parts) - {site}
 
@@ -137,14 +175,14 @@ class Editor:
                 for number, (reads, *_) in enumerate(self._parts)
             ]
         dx, edits = parts[0]
-        changed = (edits.df != 0).any(-1)
+        changed = edits.changed
         for more, other in parts[1:]:
             dx = dx + more
-            changed = changed | (other.df != 0).any(-1)
+            changed = changed | other.changed
         return Edit(dx, changed, tuple(edit for _, edit in parts))
 
     def _edit(self, number: int, x: Tensor, y: Stream, tokens: TokenBatch,
-              covers: Bool[Tensor, "batch rules"]) -> tuple[Stream, PartEdit]:  # fmt: skip
+              covers: Bool[Tensor, "batch rules"]) -> tuple[Stream, PartEdit | DenseEdit]:  # fmt: skip
         part, (_, members, index, _) = self._part_on(number, y.device), self._parts[number]
         wheres = [self.rules[i].rule.where for i in members]
         if len(set(wheres)) == 1:
@@ -153,12 +191,15 @@ class Editor:
             chosen = torch.stack([tokens.select(where) for where in wheres], dim=-1)
         chosen, covers = chosen.to(y.device), covers.to(y.device)  # with a device map ids and stream can part
         selected = chosen & covers[:, None, index]
-        dx, df, scale = self._kernel(x, y, part, selected)
+        if isinstance(part, DensePart):
+            dx, edited, norm = self._kernels.dense(x, y, part, selected)
+            return dx, DenseEdit(part, members, selected, edited, norm.detach())
+        dx, df, scale = self._kernels.sliced(x, y, part, selected)
         return dx, PartEdit(part, members, selected, df, scale)
 
-    def _part_on(self, number: int, device: torch.device) -> Part:
+    def _part_on(self, number: int, device: torch.device) -> Part | DensePart:
         part = self._parts[number][3]
-        if part.W_dec.device == device:
+        if part.sae.W_dec.device == device:
             return part
         if (number, device) not in self._elsewhere:
             self._elsewhere[number, device] = part.to(device)

@@ -17,8 +17,10 @@
     |  |- WrongModel            the SAE's manifest names another model
     |  |- SelfCheckFailed       the SAE does not do on this model what an SAE does
     |  |- AmbiguousSAE          two SAEs of one name were given
+    |  |- BoostMismatch         a boost does not belong to this base, or was given twice
     |  |- LatentOutOfRange      the SAE has fewer latents than that
     |  |- NotSliceable          what was asked needs more than was given: all latents, or x itself
+    |  |- OpMismatch            the op asks for what this SAE does not have: boosts, pre-activations
     |  |- MissingMaximum        unit="max" without recorded maximum activations
     |  |- RowsMismatch          one plan per row, but another number of rows
     |  '- MissingBOS            the SAE wants a BOS token and the tokenizer has none
@@ -125,12 +127,20 @@ class AmbiguousSAE(BindError):
     """Two different SAEs of one name were given, and rules find their SAE by name."""
 
 
+class BoostMismatch(BindError):
+    """A boost was trained on another base, was given twice, or is none."""
+
+
 class LatentOutOfRange(BindError):
     """A latent index is not in 0..d_sae-1."""
 
 
 class NotSliceable(BindError):
     """What was asked of an SAE needs latents that were not read, or x itself."""
+
+
+class OpMismatch(BindError):
+    """A dense op asks for something that this SAE does not have, such as boosts or pre-activations."""
 
 
 class MissingMaximum(BindError):

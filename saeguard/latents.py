@@ -9,13 +9,14 @@ The numbers were measured once, on the text that the SAE's card names. Labels ar
 import gzip
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from saeguard.errors import BrokenFile, LatentOutOfRange, UnsupportedFormat
-from saeguard.loaders import shipped
+from saeguard.loaders import shipped, shipped_boosts
+from saeguard.loaders.places import parts
 
 NAMES = ("latents.jsonl.gz", "latents.json.gz", "latents.jsonl", "latents.json")
 MAX_BYTES = 256_000_000
@@ -65,10 +66,12 @@ class LatentTable:
 
     @classmethod
     def load(cls, source: str | Path) -> "LatentTable":
-        """Read the table beside a shipped SAE, in a folder, or from a file.
+        """Read the table beside a shipped SAE, in a folder, or from a file; of ``base+domain`` both, renumbered.
 
         Raises `UnsupportedFormat` when there is none and `BrokenFile` when a row cannot be read.
         """
+        if (found := parts(source)) is not None:
+            return cls(_behind_each_other([cls.load(found[0]), *map(cls.load, found[1])]), source=str(source))
         path = _find(source)
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
@@ -104,8 +107,17 @@ class LatentTable:
         return sorted(hits, key=lambda hit: (-hit.score, hit.row.latent))[:top]
 
 
+def _behind_each_other(tables: Iterable[LatentTable]) -> Iterator[LatentRow]:
+    """The rows of a base and its boosts, numbered as the latents of the boosted SAE."""
+    start = 0
+    for table in tables:
+        for row in table.rows:
+            yield replace(row, latent=row.latent + start)
+        start += len(table)
+
+
 def _find(source: str | Path) -> Path:
-    place = shipped().get(str(source), Path(source))
+    place = {**shipped(), **shipped_boosts()}.get(str(source), Path(source))
     if place.is_file() and place.suffix == ".safetensors":
         place = place.parent
     candidates = [place] if place.is_file() else [place / name for name in NAMES]

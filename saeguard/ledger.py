@@ -112,14 +112,11 @@ def _tabulate(entry: Entry) -> Table:
     selected, edited = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     delta, moved = torch.zeros(shape), entry.moved.cpu()
     for piece in entry.edit.parts:
-        df, owner = piece.df.detach().cpu(), piece.part.rule.cpu()
-        W_dec = piece.part.W_dec.detach().cpu()
-        scale = 1.0 if piece.scale is None else piece.scale.detach().cpu()[..., 0]
+        changed, norm = piece.sizes()
         for local, rule in enumerate(piece.rules):
-            mine = owner == local
             selected[..., rule] = piece.selected[..., local].cpu()
-            edited[..., rule] = (df[..., mine] != 0).any(-1) & moved
-            delta[..., rule] = torch.linalg.vector_norm(df[..., mine] @ W_dec[mine], dim=-1) * scale
+            edited[..., rule] = changed[..., local] & moved
+            delta[..., rule] = norm[..., local]
     return Table(
         start=entry.tokens.column,
         absolute=entry.tokens.absolute.cpu(),

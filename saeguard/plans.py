@@ -1,26 +1,30 @@
 """Plans: what to do, as data that can be written down, compared, signed and sent.
 
 A `Rule` names latents of an SAE, an op, and which tokens it is about; a `Plan` is a tuple of rules. All rules of a
-plan are joint: every activation is read from the same x, and the order of declaration never matters.
+plan are joint: every activation is read from the same x, and the order of declaration never matters. An op is one line
+of the table in `saeguard.ops`, or one of `saeguard.dense`, which change all latents of a token.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, asdict, dataclass, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from saeguard import strict_json
+from saeguard.dense import DENSE_OPS, Reweight, Splice
 from saeguard.errors import BadPlanFile, BadRule, EmptyPlan, OverlappingRules, UnknownOp, UnknownSchema
 from saeguard.gates import TRIGGERS, AnyActive, as_latents
-from saeguard.ops import OPS, Ablate, Add, AtLeast, AtMost, Clamp, Scale
+from saeguard.ops import OPS, Ablate, Add, AtLeast, AtMost, Clamp, Lowered, Scale
 from saeguard.sites import Site
 from saeguard.tokens import Phase, Where
 
 SCHEMA = 1
 MAX_BYTES = 16_000_000
 MAX_DEPTH = 12
+_ALL_OPS = OPS | DENSE_OPS
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,12 @@ class Rule:
     writes; both default to the SAE's own, and only a transcoder's differ. ``phase``, ``first``, ``start``, ``stop``
     and ``special`` are those of `saeguard.tokens.Where`. ``priority`` settles two rules that set the same latent of
     the same row: where both apply the higher one acts; without it they are refused. An empty tuple of latents
-    changes nothing. Raises `BadRule`.
+    changes nothing, but for the dense ops, which have no priority. Raises `BadRule`.
     """
 
     sae: str
     latents: tuple[int, ...]
-    op: Clamp | Scale | Add | Ablate | AtLeast | AtMost
+    op: Clamp | Scale | Add | Ablate | AtLeast | AtMost | Splice | Reweight
     _: KW_ONLY
     site: Site | None = None
     site_out: Site | None = None
@@ -60,8 +64,8 @@ class Rule:
                 raise BadRule(f"rule with {name}={site!r}", "that is not a site", "Use Site('resid_post', 12).")
         if self.trigger is not None and type(self.trigger) not in TRIGGERS.values():
             raise BadRule(f"rule with trigger={self.trigger!r}", "that is not a trigger", "Use AnyActive(latents).")
-        if type(self.op) not in OPS.values():
-            raise BadRule(f"rule with op={self.op!r}", "that is not an op", f"Ops: {', '.join(OPS)}.")
+        if type(self.op) not in _ALL_OPS.values():
+            raise BadRule(f"rule with op={self.op!r}", "that is not an op", f"Ops: {', '.join(_ALL_OPS)}.")
         if self.priority is not None and (isinstance(self.priority, bool) or not isinstance(self.priority, int)):
             raise BadRule(f"priority {self.priority!r}", "that is not an integer", "Give an int, or None.")
         self._check_amounts()
@@ -72,8 +76,28 @@ class Rule:
         """The tokens that the rule is about."""
         return self._where  # type: ignore[attr-defined]
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the op needs all latents of the SAE."""
+        return isinstance(self.op, Splice | Reweight)
+
+    @property
+    def lowered(self) -> Lowered:
+        """The op as numbers. Raises `BadRule` for a dense op, which is no line of the table."""
+        if isinstance(self.op, Splice | Reweight):
+            raise BadRule(f"the numbers of {self.op}", "it is a dense op", "Lay it out with lay_out_dense.")
+        return self.op.lower()
+
     def _check_amounts(self) -> None:
-        lowered = self.op.lower()
+        if isinstance(self.op, Splice | Reweight):
+            self.op.check(self.latents)
+            if self.priority is not None:
+                raise BadRule(
+                    f"{self.op} with priority {self.priority}", "a dense op changes all latents, and none can yield",
+                    "Leave the priority out.",
+                )  # fmt: skip
+            return
+        lowered = self.lowered
         for amount in (lowered.scale, lowered.shift, lowered.lo, lowered.hi):
             if isinstance(amount, tuple) and len(amount) != len(self.latents):
                 raise BadRule(
@@ -86,7 +110,8 @@ class Rule:
         shown = ", ".join(map(str, self.latents[:6])) + (", ..." if len(self.latents) > 6 else "")
         site = f" at {self.site}" if self.site else ""
         site += f" to {self.site_out}" if self.site_out else ""
-        return f"{self.op} on {self.sae}[{shown}]{site}"
+        latents = "" if isinstance(self.op, Splice) else f"[{shown}]"
+        return f"{self.op} on {self.sae}{latents}{site}"
 
 
 @dataclass(frozen=True)
@@ -146,14 +171,19 @@ class Plan:
         return hashlib.sha256(json.dumps([SCHEMA, rules]).encode()).hexdigest()
 
 
-def check_overlaps(rules: Iterable[tuple[Rule, Any]]) -> None:
-    """Raise `OverlappingRules` if two rules for one place set one latent and no priority settles it.
+def check_overlaps(rules: Iterable[tuple[Rule, tuple[Any, ...]]]) -> None:
+    """Raise `OverlappingRules` if two rules set one latent and no priority settles it, or dense ops contradict rules.
 
-    Each rule comes with what identifies its SAE and site; the rules are those of one row.
+    Each rule comes with its place: what identifies its SAE and sites, of which the last entry is the site that it
+    writes, or None where that is not settled yet. The rules are those of one row.
     """
+    listed = list(rules)
+    for (a, here), (b, there) in combinations(listed, 2) if any(rule.is_dense for rule, _ in listed) else ():
+        one_site = here == there or here[-1] is not None and here[-1] == there[-1]
+        check_dense(a, b, one_place=here == there, one_site=one_site)
     owners: dict[Any, dict[int, list[Rule]]] = {}
-    for rule, place in rules:
-        for latent in rule.latents:
+    for rule, place in listed:
+        for latent in () if rule.is_dense else rule.latents:
             others = owners.setdefault(place, {}).setdefault(latent, [])
             for other in others:
                 if other.priority is None or rule.priority is None or other.priority == rule.priority:
@@ -163,6 +193,27 @@ def check_overlaps(rules: Iterable[tuple[Rule, Any]]) -> None:
                         "Merge them, or give both rules different priorities.",
                     )
             others.append(rule)
+
+
+def check_dense(a: Rule, b: Rule, *, one_place: bool, one_site: bool) -> None:
+    """Raise `OverlappingRules` if two rules of one row cannot stand beside each other because of a dense op.
+
+    ``one_site`` says that they write one site, ``one_place`` that they have one SAE there too.
+    """
+    kinds = {type(a.op), type(b.op)}
+    if kinds == {Splice} and one_site:
+        raise OverlappingRules(
+            f"{a} and {b} in one row",
+            "the stream cannot become two reconstructions, and leaving out two errors is no sum",
+            "Keep one of them; other ops can stand beside it.",
+        )
+    both_set = all(rule.is_dense or rule.latents for rule in (a, b))
+    if Reweight in kinds and Splice not in kinds and one_place and both_set:
+        raise OverlappingRules(
+            f"{a} and {b} in one row",
+            "Reweight sets every latent of its SAE, and priorities do not settle that",
+            "Keep one of them, or put them into plans of different rows.",
+        )
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -184,7 +235,7 @@ def _rule_to_dict(rule: Rule) -> dict[str, Any]:
     entry["site_out"] = str(rule.site_out) if rule.site_out else None
     if rule.site_out is None:  # most rules have none, and files of before transcoders stay canonical
         del entry["site_out"]
-    entry["op"] = _tagged(OPS, rule.op)
+    entry["op"] = _tagged(_ALL_OPS, rule.op)
     entry["trigger"] = _tagged(TRIGGERS, rule.trigger) if rule.trigger else None
     return entry
 
@@ -203,7 +254,7 @@ def _rule_from_dict(entry: Any) -> Rule:
     for name in ("site", "site_out"):
         if values.get(name) is not None:
             values[name] = Site.parse(str(values[name]))
-    values["op"] = _untagged("op", OPS, values["op"])
+    values["op"] = _untagged("op", _ALL_OPS, values["op"])
     if values.get("trigger") is not None:
         values["trigger"] = _untagged("trigger", TRIGGERS, values["trigger"])
     try:

@@ -13,9 +13,9 @@ class RuleReport:
     """One rule, over all calls of the run.
 
     ``tokens_seen`` are the real tokens of rows that have the rule, ``tokens_selected`` those that it is about,
-    ``tokens_edited`` those where it changed an activation. ``mean_delta`` is the mean norm of its change of x over
-    edited tokens, in the units of the stream; ``mean_share`` the mean ratio of that norm to the norm of x before.
-    ``edited_positions[call][row]`` are absolute positions.
+    ``tokens_edited`` those where it changed an activation, or x for a dense op. ``mean_delta`` is the mean norm of its
+    change of x over edited tokens, in the units of the stream; ``mean_share`` the mean ratio of that norm to the norm
+    of x before. ``edited_positions[call][row]`` are absolute positions.
     """
 
     rule: str

@@ -7,6 +7,11 @@
 Activations are in the units that the SAE's authors published, whatever was folded on the way in. The arithmetic is
 float32 whatever the stored dtype: half-precision sums make latents near their threshold flicker.
 A transcoder is an SAE that reads one site and writes another: d_out may differ from d_in, and its norm is not undone.
+
+A boosted SAE (see `saeguard.boosted`) has latents of other SAEs behind its own ``n_base``: boosts, which reconstruct
+what the base leaves over. They are JumpReLU whatever the base's kind is, and the base's activations do not know them:
+
+    f = [act(pre of the base's latents), jumprelu(pre of the boosts)]
 """
 
 import hashlib
@@ -47,6 +52,10 @@ class SAE:
     ``held`` is None, or the latents that were read of a dictionary of ``total``: the columns of W_dec, threshold and
     maximum are then these latents, in this order, and of W_enc and b_enc too, unless the kind ranks. Latents keep
     their numbers.
+
+    ``n_base`` is None, or the number of latents of the base of a boosted SAE; those behind it are boosts: JumpReLU with
+    a threshold, reading and writing what the base does. ``threshold`` and ``rank_by`` have an entry for every latent
+    then; those are ignored that the kind of a latent has no use for.
     """
 
     name: str
@@ -69,6 +78,7 @@ class SAE:
     pursuit: Pursuit | None = None
     held: tuple[int, ...] | None = None
     total: int | None = None
+    n_base: int | None = None
 
     def __post_init__(self):
         self._check_activation()
@@ -94,18 +104,25 @@ class SAE:
                     f"{name} is {tuple(tensor.shape)}, not {shape}",
                     "Check the orientation: W_enc is (d_in, d_sae), W_dec is (d_sae, d_out).",
                 )
-        if self.top_k is not None and not 0 < self.top_k <= self.d_sae:
+        if not 0 < self._n_own <= self.d_sae and self.n_base is not None:
             raise BrokenFile(
-                f"SAE {self.name} with activation {self.activation}", f"top_k is {self.top_k}", f"Give 1..{self.d_sae}."
+                f"boosted SAE {self.name}", f"n_base is {self.n_base} of {self.d_sae} latents",
+                "The base's latents come first; give their number.",
+            )  # fmt: skip
+        if self.top_k is not None and not 0 < self.top_k <= self._n_own:
+            raise BrokenFile(
+                f"SAE {self.name} with activation {self.activation}",
+                f"top_k is {self.top_k}",
+                f"Give 1..{self._n_own}.",
             )
         if self.pursuit is not None and self.is_transcoder:
             raise BrokenFile(
                 f"SAE {self.name} with activation pursuit", f"it writes {self.site_out}",
                 "Pursuit takes atoms out of what it reads, so it cannot be a transcoder.",
             )  # fmt: skip
-        if self.activation == "groupmax" and self.d_sae % (self.top_k or 1):
+        if self.activation == "groupmax" and self._n_own % (self.top_k or 1):
             raise BrokenFile(
-                f"SAE {self.name} with activation groupmax", f"{self.d_sae} latents in {self.top_k} groups",
+                f"SAE {self.name} with activation groupmax", f"{self._n_own} latents in {self.top_k} groups",
                 "The groups are of one size.",
             )  # fmt: skip
 
@@ -117,11 +134,12 @@ class SAE:
                 f"Activations: {', '.join(KINDS)}; norms: {', '.join(NORMS)}.",
             )
         found = {name for name in ("threshold", "top_k", "pursuit") if getattr(self, name) is not None}
-        if found != KINDS[self.activation].needs:
+        needed = KINDS[self.activation].needs | ({"threshold"} if self.n_base is not None else set())
+        if found != needed:
             raise BrokenFile(
-                f"SAE {self.name} with activation {self.activation!r}",
+                f"SAE {self.name} with activation {self.activation!r}{'' if self.n_base is None else ' and boosts'}",
                 f"it comes with {' and '.join(sorted(found)) or 'no threshold, top_k or pursuit'}",
-                f"It needs {' and '.join(KINDS[self.activation].needs) or 'none of threshold, top_k and pursuit'}.",
+                f"It needs {' and '.join(sorted(needed)) or 'none of threshold, top_k and pursuit'}.",
             )
 
     @property
@@ -137,8 +155,13 @@ class SAE:
         return self.total if self.total is not None else self.W_enc.shape[1]
 
     @property
+    def _n_own(self) -> int:
+        """How many latents the kind is about: all but the boosts."""
+        return self.d_sae if self.n_base is None else self.n_base
+
+    @property
     def ranks(self) -> bool:
-        """Whether a latent's activation depends on the other latents, so that none can be computed alone."""
+        """Whether a latent's activation depends on other latents, so that not every one can be computed alone."""
         return KINDS[self.activation].ranks
 
     @property
@@ -174,6 +197,10 @@ class SAE:
 
     def activate(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens held"]:
         """Activations of the held latents from x as `read` gives it."""
+        if self.n_base is not None:
+            halves = [half for half, columns in self._halves if len(columns)] or [self._halves[0][0]]
+            f = torch.cat([half.activate(x) for half in halves], dim=-1)
+            return f if self._order is None else f[..., self._order]
         if self.activation == "pursuit" and self.pursuit is not None:
             return self._pursue(x, self.pursuit)
         if self.ranks:
@@ -191,13 +218,20 @@ class SAE:
                 "Give x as well: sae.decode(f, x).",
             )
         with _exactly(f):
-            x_hat = f.float() @ self.W_dec.float() + self.b_dec.float()
+            x_hat = self._sum(f.float())
             if x is None:
                 return x_hat
             normed = self.read(x)
             x_hat = x_hat if normed.scale is None else x_hat * normed.scale
             x_hat = x_hat if normed.shift is None else x_hat + normed.shift
             return x_hat if self.skip is None else x_hat + x.float() @ self.skip.float()
+
+    def _sum(self, f: Float[Tensor, "*tokens held"]) -> Float[Tensor, "*tokens d_out"]:
+        """Boosts that do not fire leave the bits of the base's sum."""
+        if self.n_base is None:
+            return f @ self.W_dec.float() + self.b_dec.float()
+        (base, mine), (boosts, others) = self._halves
+        return base._sum(f[..., mine]) + f[..., others] @ boosts.W_dec.float()
 
     def narrow(self, latents: Sequence[int]) -> "SAE":
         """The same SAE holding only some latents, in the order given; they keep their numbers.
@@ -267,7 +301,7 @@ class SAE:
     def fingerprint(self) -> str:
         """SHA-256 of the weights that are held and of what decides their meaning."""
         digest = hashlib.sha256(f"{self.activation} {self.top_k} {self.site} {self.model}".encode())
-        rest = {name: getattr(self, name) for name in ("site_out", "pursuit", "held")}
+        rest = {name: getattr(self, name) for name in ("site_out", "pursuit", "held", "n_base")}
         rest["norm"] = None if self.norm == "none" else (self.norm, self.eps)
         for name, value in rest.items():
             if value is not None:
@@ -278,8 +312,51 @@ class SAE:
             if (tensor := getattr(self, name)) is not None:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 for part in tensor.detach().split(_STRETCH):  # a copy of a whole encoder can be more than there is
-                    digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
+                    digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    @cached_property
+    def _order(self) -> Tensor | None:
+        """Where each held latent is when the base's come first; None where they do."""
+        order = torch.cat([columns for _, columns in self._halves]).argsort()
+        return None if torch.equal(order.cpu(), torch.arange(len(order))) else order
+
+    @cached_property
+    def _halves(self) -> tuple[tuple["SAE", Tensor], tuple["SAE", Tensor]]:
+        """A boosted SAE's base and its boosts, each an SAE of what is held, with its columns among all that are held.
+
+        The base's arithmetic is its own, so its activations have the bits that they have without boosts.
+        """
+        n, held = self._n_own, range(self.d_sae) if self.held is None else self.held
+        places = [i for i, latent in enumerate(held) if latent < n], [i for i, latent in enumerate(held) if latent >= n]
+        rows: tuple[Any, Any] = (slice(n), slice(n, None)) if self.held is None else places
+        columns = rows
+        if self.ranks and self.held is not None:  # the encoder is whole
+            columns = slice(n), [held[i] for i in places[1]]
+        mine = None if self.held is None else tuple(held[i] for i in places[0])
+        base = {"held": mine, "total": None if mine is None else n}
+        if self.activation != "jumprelu":
+            base["threshold"] = None
+        if self.rank_by is not None:
+            base["rank_by"] = self.rank_by[:n]
+        boosts = {"activation": "jumprelu", "top_k": None, "pursuit": None, "rank_by": None, "skip": None,
+                  "held": None, "total": None, "b_dec": torch.zeros_like(self.b_dec)}  # fmt: skip
+        first, second = (
+            (
+                replace(self, **(self._part(row, column) | other)),
+                torch.tensor(place, dtype=torch.long).to(self.W_dec.device),
+            )
+            for row, column, other, place in zip(rows, columns, (base, boosts), places, strict=True)
+        )
+        return first, second
+
+    def _part(self, rows: Any, columns: Any) -> dict[str, Any]:
+        W_enc = self.W_enc[:, columns]
+        if not W_enc.T.is_contiguous():
+            W_enc = W_enc.contiguous()  # the bits of a product can depend on how its factors lie in memory
+        tensors = {name: getattr(self, name) for name in ("W_dec", "threshold", "maximum")}
+        cut = {name: None if tensor is None else tensor[rows] for name, tensor in tensors.items()}
+        return cut | {"W_enc": W_enc, "b_enc": self.b_enc[columns], "n_base": None}
 
     @cached_property
     def _ranking(self) -> Ranking:

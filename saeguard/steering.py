@@ -15,6 +15,7 @@ from saeguard.engines import engine_for
 from saeguard.engines.base import Engine, Place, Request, places_of
 from saeguard.engines.calls import View
 from saeguard.engines.corrections import on_plain_weights
+from saeguard.engines.fit import check_model
 from saeguard.engines.layouts import Layout
 from saeguard.engines.session import bind as bind_to
 from saeguard.engines.session import join, leave, participants
@@ -26,12 +27,11 @@ from saeguard.errors import (
     PlanNeverRan,
     RowsMismatch,
     WidthMismatch,
-    WrongModel,
 )
 from saeguard.kernels.pick import KernelName
 from saeguard.ledger import CallRecord, Entry
 from saeguard.loaders import load_sae
-from saeguard.plans import Plan
+from saeguard.plans import Plan, check_dense
 from saeguard.reports import Report, report
 from saeguard.sae import SAE
 from saeguard.sites import Site
@@ -170,12 +170,15 @@ def steer(
 def _load(plans: Sequence[Plan | None], saes: SAE | Iterable[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
     listed: Any = [saes] if isinstance(saes, SAE) else saes
     given: dict[str, SAE] = dict(listed) if isinstance(saes, Mapping) else _by_name(listed)
-    wanted: dict[str, dict[int, None]] = {}
+    wanted: dict[str, dict[int, None] | None] = {}  # None: a dense op needs all latents
     for rule in (rule for plan in plans if plan is not None for rule in plan.rules):
-        watched = rule.trigger.latents if rule.trigger else ()
-        wanted.setdefault(rule.sae, {}).update(dict.fromkeys(rule.latents + watched))
+        watched, found = rule.trigger.latents if rule.trigger else (), wanted.setdefault(rule.sae, {})
+        if rule.is_dense:
+            wanted[rule.sae] = None
+        elif found is not None:
+            found.update(dict.fromkeys(rule.latents + watched))
     loaded = {
-        name: given[name] if name in given else load_sae(name, latents=tuple(latents))
+        name: given[name] if name in given else load_sae(name, latents=None if latents is None else tuple(latents))
         for name, latents in wanted.items()
     }
     for (name, sae), (other, twin) in combinations(loaded.items(), 2):
@@ -189,10 +192,11 @@ def _load(plans: Sequence[Plan | None], saes: SAE | Iterable[SAE] | Mapping[str,
 
 
 def _is_one_dictionary(a: SAE, b: SAE) -> bool:
-    """Whether two SAEs that were read differently have a latent in common, weights and all."""
-    if (a.d_sae, a.d_in, a.d_out) != (b.d_sae, b.d_in, b.d_out) or a.held is None and b.held is None:
+    """Whether two SAEs, read differently or with other boosts, have a latent in common, weights and all."""
+    n, also = (sae.n_base or sae.d_sae for sae in (a, b))
+    if (n, a.d_in, a.d_out) != (also, b.d_in, b.d_out) or {a.held, b.held, a.n_base, b.n_base} == {None}:
         return False
-    common = sorted(set(a.held or range(a.d_sae)) & set(b.held or range(b.d_sae)))[:_COMPARED]
+    common = sorted(set(range(n)) & set(a.held or range(n)) & set(b.held or range(n)))[:_COMPARED]
     if not common:
         return False
     return torch.equal(a.narrow(common).W_dec.cpu().float(), b.narrow(common).W_dec.cpu().float())
@@ -218,24 +222,7 @@ def _check_fit(sae: SAE, place: Place, out: Place, engine: Engine) -> None:
                 f"it {verb} vectors of width {width}, and {there.site} carries width {there.width}",
                 "Was this SAE trained on another model or another stream?",
             )
-    shape, wanted = engine.model_shape(), sae.manifest.get("model_shape", {})
-    differing = [
-        f"{key} {wanted[key]} (here {shape[key]})" for key in wanted if shape.get(key, wanted[key]) != wanted[key]
-    ]
-    if differing:
-        raise WrongModel(
-            f"SAE {sae.name} at {place.site}",
-            f"its manifest asks for a model with {', '.join(differing)}",
-            "Use the model it was trained on.",
-        )
-    names = [_short(name) for name in engine.model_names()]
-    if sae.model and names and _short(sae.model) not in names:
-        raise WrongModel(
-            f"SAE {sae.name} at {place.site} of {', '.join(engine.model_names())}",
-            f"its manifest says that it was trained on {sae.model}",
-            "Use the model it was trained on; to try it on a relative, load it and set model=None with "
-            "dataclasses.replace.",
-        )
+    check_model(sae, place.site, engine)
 
 
 def _corrected(sae: SAE, rules: Sequence[BoundRule], engine: Engine) -> SAE:
@@ -251,25 +238,23 @@ def _corrected(sae: SAE, rules: Sequence[BoundRule], engine: Engine) -> SAE:
     return on_plain_weights(sae, engine, reads, writes)
 
 
-def _short(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()
-
-
 def _check_nesting(model: nn.Module, rules: Sequence[BoundRule], saes: Mapping[str, SAE]) -> None:
     for outer in participants(model):
         if not isinstance(outer, Run):
             continue
         for theirs, ours in product(outer.rules, rules):
-            if (theirs.site, theirs.reads) == (ours.site, ours.reads):
-                same_rows = theirs.plans is None or ours.plans is None or theirs.plans & ours.plans
-                same_sae = _same(outer.saes[theirs.rule.sae], saes[ours.rule.sae])
-                shared = set(theirs.rule.latents) & set(ours.rule.latents)
-                if same_rows and same_sae and shared:
-                    raise OverlappingRules(
-                        f"latents {sorted(shared)} of {ours.rule.sae} set in two nested blocks",
-                        f"the outer block has {theirs.rule.op}, the inner one {ours.rule.op}",
-                        "Put both into one plan and give the rules priorities, or end the outer block.",
-                    )
+            same_rows = theirs.plans is None or ours.plans is None or theirs.plans & ours.plans
+            if not same_rows or theirs.site != ours.site:
+                continue
+            one_place = theirs.reads == ours.reads and _same(outer.saes[theirs.rule.sae], saes[ours.rule.sae])
+            check_dense(theirs.rule, ours.rule, one_place=one_place, one_site=True)
+            shared = set(theirs.rule.latents) & set(ours.rule.latents)
+            if one_place and shared:
+                raise OverlappingRules(
+                    f"latents {sorted(shared)} of {ours.rule.sae} set in two nested blocks",
+                    f"the outer block has {theirs.rule.op}, the inner one {ours.rule.op}",
+                    "Put both into one plan and give the rules priorities, or end the outer block.",
+                )
 
 
 def _same(a: SAE, b: SAE) -> bool:

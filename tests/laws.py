@@ -5,8 +5,9 @@ number at which a rule changes its mind, the two may disagree in what they edit 
 rejected; in all other cases the edited sets have to be the same.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,26 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from saeguard import SAE, Ablate, Add, AnyActive, AtLeast, AtMost, Clamp, Plan, Rule, Run, Scale, Site, capture, steer
+from saeguard import (
+    SAE,
+    Ablate,
+    Add,
+    AnyActive,
+    AtLeast,
+    AtMost,
+    Boosted,
+    Clamp,
+    Plan,
+    Reweight,
+    Rule,
+    Run,
+    Scale,
+    Site,
+    Splice,
+    capture,
+    steer,
+)
+from saeguard.errors import OverlappingRules
 from saeguard.plans import check_overlaps
 
 MARGIN = 1e-4
@@ -72,15 +92,21 @@ def near_edge(model: nn.Module, plan: Any, saes: Sequence[SAE], ids: Tensor, **c
 def rule_near_edge(rule: Rule, sae: SAE, x: Tensor) -> bool:
     """Whether ``rule`` hesitates anywhere in ``x``."""
     sae = sae.to(dtype=torch.float32)
+    if rule.is_dense:
+        return dense_near_edge(rule, sae, x)
     latents = list(rule.latents)
     watched = list(rule.trigger.latents) if rule.trigger else []
     pre = x.float() @ sae.W_enc + sae.b_enc
     f = sae.encode(x)
     near = MARGIN * (1 + pre.abs())
+    n = sae.n_base or sae.d_sae
     if sae.ranks:
-        top = pre.topk(min((sae.top_k or 1) + 1, sae.d_sae), dim=-1).values
-        close = (top[..., :-1] - top[..., 1:])[..., -1:] < 2 * near if sae.d_sae > (sae.top_k or 1) else near < 0
+        top = pre[..., :n].topk(min((sae.top_k or 1) + 1, n), dim=-1).values
+        close = (top[..., :-1] - top[..., 1:])[..., -1:] < 2 * near if n > (sae.top_k or 1) else near < 0
+        close = close & (top[..., min(sae.top_k or 1, n) - 1, None].abs() > MARGIN)  # who ties with 0 loses nothing
         close = close | (pre.abs() < near)
+        if sae.threshold is not None:
+            close[..., n:] = ((pre - sae.threshold).abs() < near)[..., n:]
     else:
         close = (pre - (0.0 if sae.threshold is None else sae.threshold)).abs() < near
     if close[..., latents + watched].any():
@@ -100,6 +126,49 @@ def rule_near_edge(rule: Rule, sae: SAE, x: Tensor) -> bool:
         if ((f[..., latents] - goal).abs() < near[..., latents]).logical_and(goal != 0).any():
             return True
     return False
+
+
+def dense_near_edge(rule: Rule, sae: SAE, x: Tensor) -> bool:
+    """Whether a dense rule hesitates anywhere in ``x``, which any latent can make it do."""
+    everybody = tuple(range(sae.d_sae))
+    if rule_near_edge(Rule(rule.sae, everybody, Ablate(), trigger=rule.trigger), sae, x):
+        return True
+    if not isinstance(rule.op, Reweight):
+        return False
+    other = weighted(rule, sae)
+    loud = other.W_enc.any(0).nonzero()[:, 0].tolist()  # the others are exactly 0 whatever x is, and do not hesitate
+    return rule_near_edge(Rule(rule.sae, tuple(loud), Ablate()), other, x)
+
+
+def weighted(rule: Rule, sae: SAE) -> SAE:
+    """An SAE whose activations are those that a `Reweight` by weight makes: pre * w = x @ (W_enc * w) + b_enc * w."""
+    op: Any = rule.op
+    weight = torch.full((sae.d_sae,), op.others)
+    weight[list(rule.latents)] = torch.tensor(op.weights)
+    kind: dict[str, Any] = {}
+    if op.top_k is not None:
+        kind = {"activation": sae.activation if sae.ranks else "topk", "top_k": op.top_k}
+        kind |= {"threshold": None, "n_base": None}
+    return replace(sae, W_enc=sae.W_enc * weight, b_enc=sae.b_enc * weight, **kind)
+
+
+def with_boosts(sae: SAE, sizes: Sequence[int], *, seed: int = 0) -> SAE:
+    """``sae`` with random boosts behind it, of so many latents each; weights in eighths, so that sums are exact."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def eighths(*shape: int) -> Tensor:
+        return torch.randint(-12, 13, shape, generator=generator) / 8
+
+    said = {"base": sae.fingerprint()}
+    boosts = [
+        replace(
+            sae, name=f"boost {i}", W_enc=eighths(sae.d_in, n), b_enc=eighths(n), W_dec=eighths(n, sae.d_out),
+            b_dec=torch.zeros(sae.d_out), activation="jumprelu", threshold=eighths(n).abs(), top_k=None, pursuit=None,
+            skip=None, rank_by=None, maximum=eighths(n).abs() + 1, manifest={"boost": said | {"domain": str(i)}},
+        )
+        for i, n in enumerate(sizes)
+    ]  # fmt: skip
+    return Boosted(sae, boosts, name=sae.name)
 
 
 amounts = st.integers(-32, 32).map(lambda n: n / 4)
@@ -138,15 +207,33 @@ def rules(
     draw: Any, sae: SAE, *, most: int = 5, where: st.SearchStrategy[dict[str, Any]] | None = None,
     unit: st.SearchStrategy[str] = units, site: Site | None = None,
 ) -> Rule:  # fmt: skip
-    """One rule on an SAE, with or without a trigger, a priority and a choice of tokens."""
+    """One rule on an SAE, dense or not, with or without a trigger, a priority and a choice of tokens."""
     latents = draw(_latents(sae.d_sae, most))
     trigger = None
     if draw(st.integers(0, 3)) == 0:
         trigger = AnyActive(draw(_latents(sae.d_sae, 4)), draw(st.integers(-4, 40)) / 4)
-    return Rule(
-        sae.name, latents, draw(ops(k=len(latents), unit=unit)), site=site, trigger=trigger,
-        priority=draw(st.none() | st.integers(-3, 3)), **(draw(where) if where is not None else {}),
-    )  # fmt: skip
+    options: dict[str, Any] = {"site": site, "trigger": trigger, **(draw(where) if where is not None else {})}
+    match draw(st.integers(0, 9)):
+        case 0:
+            return Rule(sae.name, (), draw(splices(sae)), **options)
+        case 1 if sae.pursuit is None:
+            return Rule(sae.name, latents, draw(reweights(sae, k=len(latents))), **options)
+    priority = draw(st.none() | st.integers(-3, 3))
+    return Rule(sae.name, latents, draw(ops(k=len(latents), unit=unit)), priority=priority, **options)
+
+
+def splices(sae: SAE) -> st.SearchStrategy[Splice]:
+    """Any `Splice` that ``sae`` can make."""
+    return st.builds(Splice, st.sampled_from(("dropped", "kept", *(("boosted",) if sae.n_base is not None else ()))))
+
+
+def reweights(sae: SAE, *, k: int) -> st.SearchStrategy[Reweight]:
+    """Any `Reweight` of ``k`` latents of ``sae``; the weights are in quarters, so that products are exact."""
+    weight = st.integers(-8, 8).map(lambda n: n / 4)
+    top_k = st.none() if sae.activation == "groupmax" else st.none() | st.integers(1, sae.d_sae)
+    weights = weight | st.lists(weight, min_size=k, max_size=k).map(tuple)
+    mode, others = st.sampled_from(("weight", "swap")), st.sampled_from((0.0, 1.0, 1.0, 0.5))
+    return st.builds(Reweight, weights, mode=mode, top_k=top_k, others=others)
 
 
 @cache
@@ -154,13 +241,14 @@ def _latents(d_sae: int, most: int) -> st.SearchStrategy[tuple[int, ...]]:
     return st.lists(st.integers(0, d_sae - 1), max_size=min(most, d_sae), unique=True).map(tuple)
 
 
-def compatible(found: Iterable[Rule], saes: Mapping[str, SAE] | None = None) -> tuple[Rule, ...]:
-    """Those of the rules that can stand in one plan, taken greedily."""
+def compatible(found: Iterable[Rule], saes: Sequence[SAE] = ()) -> tuple[Rule, ...]:
+    """Those of the rules that can stand in one plan, taken greedily; ``saes`` say where they are."""
+    sites = {sae.name: sae.site for sae in saes}
     kept: list[Rule] = []
     for rule in found:
         try:
-            check_overlaps((other, (other.sae, other.site)) for other in [*kept, rule])
-        except Exception:
+            check_overlaps((other, (other.sae, other.site or sites.get(other.sae))) for other in [*kept, rule])
+        except OverlappingRules:
             continue
         kept.append(rule)
     return tuple(dict.fromkeys(kept))
@@ -170,7 +258,7 @@ def compatible(found: Iterable[Rule], saes: Mapping[str, SAE] | None = None) -> 
 def plans(draw: Any, saes: Sequence[SAE], *, most: int = 4, **options: Any) -> Plan:
     """One to ``most`` rules on some of the SAEs."""
     one = st.one_of(*(rules(sae, **options) for sae in saes))
-    return Plan(compatible(draw(st.lists(one, min_size=1, max_size=most))))
+    return Plan(compatible(draw(st.lists(one, min_size=1, max_size=most)), saes))
 
 
 def steering(model: nn.Module, plan: Any, saes: Sequence[SAE], **options: Any) -> AbstractContextManager[Run]:

@@ -74,3 +74,38 @@ def leaks_rows(block: nn.Module, sae: SAE, latents: Sequence[int | None], value:
     everybody = [latent for latent in latents if latent is not None]
     with _clamp(block, sae, everybody, value, lambda f: torch.ones(f.shape[:2], dtype=torch.bool)):
         yield
+
+
+@contextmanager
+def _rewritten(block: nn.Module, write: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Puts ``write(x)`` in place of what a block gives."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return (write(output[0]), *output[1:]) if isinstance(output, tuple) else write(output)
+
+    handle = block.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def swaps(block: nn.Module, sae: SAE, weights: Tensor, fault: str) -> Any:
+    """IBM's swap on a TopK SAE, with nothing wrong (``fault`` is "") or one of three things.
+
+    "keeps the error" adds what the SAE does not explain. "takes weighted values" keeps the weighted pre-activations of
+    those who fire. "ranks over the batch" lets as many fire as there are tokens times k, wherever they are.
+    """
+
+    def write(x: Tensor) -> Tensor:
+        pre = x @ sae.W_enc + sae.b_enc
+        weighted = pre * weights
+        if fault == "ranks over the batch":
+            least = weighted.flatten().topk((sae.top_k or 1) * x.shape[:2].numel()).values[-1]
+        else:
+            least = weighted.topk(sae.top_k or 1, dim=-1).values[..., -1:]
+        fires = (weighted >= least) & (weighted > 0)
+        x_hat = torch.where(fires, weighted if fault == "takes weighted values" else pre, 0.0) @ sae.W_dec + sae.b_dec
+        return x_hat + x - sae.decode(sae.encode(x)) if fault == "keeps the error" else x_hat
+
+    return _rewritten(block, write)

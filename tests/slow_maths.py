@@ -3,15 +3,17 @@
     f' = clip(scale * f + shift, lo, hi)   where f > floor,   else f
     y' = y + apply * a * (f' - f) @ W_dec      y is x, but for a transcoder; a undoes the SAE's norm
 
+and of the dense ops, where f' is f of weighted pre-activations, or y' is the reconstruction.
+
 Written from the formula, without a line of the package's own arithmetic: nothing is shared but the data of a rule.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from saeguard import SAE, Ablate, Add, AtLeast, AtMost, Clamp, Rule, Scale
+from saeguard import SAE, Ablate, Add, AtLeast, AtMost, Clamp, Reweight, Rule, Scale, Splice
 
 Token = dict[str, Any]
 """``real``, ``special``, ``covers`` (one yes or no per rule), ``absolute``, ``since`` (from the end of the prompt)."""
@@ -19,7 +21,10 @@ Token = dict[str, Any]
 
 @dataclass
 class Told:
-    """What happens at one token: ``df[rule][i]`` is what the rule adds to the activation of its i-th latent."""
+    """What happens at one token: ``df[rule][i]`` is what the rule adds to the activation of its i-th latent.
+
+    Of a dense rule it holds what is added to the stream.
+    """
 
     x: list[float]
     df: list[list[float]]
@@ -40,6 +45,11 @@ def tell(x: Sequence[float], token: Token, rules: Sequence[Rule], saes: Mapping[
     told = Told(list(y), [])
     norm = math.sqrt(sum(v * v for v in y))
     for i, rule in enumerate(rules):
+        if rule.is_dense:
+            change_of_y = dense_change(rule, x, y, saes[rule.sae], weights[rule.sae])
+            told.df.append(change_of_y if applies[i] else [0.0] * len(y))
+            told.x = [v + d for v, d in zip(told.x, told.df[-1], strict=True)]
+            continue
         changes = []
         for place, latent in enumerate(rule.latents):
             acts = applies[i] and not any(
@@ -100,24 +110,104 @@ def normed(x: Sequence[float], sae: SAE) -> tuple[list[float], float]:
 def activations(x: Sequence[float], sae: SAE, weights: Mapping[str, Any] | None = None) -> list[float]:
     """All latents of one token, from what the encoder reads."""
     w = weights or _lists(sae)
+    if sae.n_base is not None:
+        return boosted(x, sae, w)
     if sae.pursuit is not None:
         return pursued(x, sae, w)
-    pre = [w["b_enc"][j] + sum(v * w["W_enc"][d][j] for d, v in enumerate(x)) for j in range(sae.d_sae)]
+    return fired(preactivations(x, sae, w), sae, w)
+
+
+def preactivations(x: Sequence[float], sae: SAE, w: Mapping[str, Any]) -> list[float]:
+    """Of all latents of one token."""
+    return [w["b_enc"][j] + sum(v * w["W_enc"][d][j] for d, v in enumerate(x)) for j in range(sae.d_sae)]
+
+
+def fired(pre: Sequence[float], sae: SAE, w: Mapping[str, Any]) -> list[float]:
+    """What a kind makes of the pre-activations of its own latents; those behind them are boosts, and JumpReLU."""
+    n = sae.d_sae if sae.n_base is None else sae.n_base
+    own, boosts = pre[:n], [p if p > w["threshold"][n + j] else 0.0 for j, p in enumerate(pre[n:])]
     if sae.activation == "relu":
-        return [max(p, 0.0) for p in pre]
-    if sae.activation == "tanh_relu":
-        return [math.tanh(max(p, 0.0)) for p in pre]
-    if sae.activation == "jumprelu":
-        return [p if p > w["threshold"][j] else 0.0 for j, p in enumerate(pre)]
-    if sae.activation == "groupmax":
-        size = sae.d_sae // (sae.top_k or 1)
-        tops = [max(pre[j // size * size : (j // size + 1) * size]) for j in range(sae.d_sae)]
-        return [max(p, 0.0) if p == top else 0.0 for p, top in zip(pre, tops, strict=True)]
-    rank = [p * w["rank_by"][j] for j, p in enumerate(pre)] if "rank_by" in w else pre
-    rank = [abs(p) for p in rank] if sae.activation == "abstopk" else rank
-    least = sorted(rank)[-(sae.top_k or 1)]
+        f = [max(p, 0.0) for p in own]
+    elif sae.activation == "tanh_relu":
+        f = [math.tanh(max(p, 0.0)) for p in own]
+    elif sae.activation == "jumprelu":
+        f = [p if p > w["threshold"][j] else 0.0 for j, p in enumerate(own)]
+    elif sae.activation == "groupmax":
+        size = n // (sae.top_k or 1)
+        tops = [max(own[j // size * size : (j // size + 1) * size]) for j in range(n)]
+        f = [max(p, 0.0) if p == top else 0.0 for p, top in zip(own, tops, strict=True)]
+    else:
+        f = largest(own, sae.activation, sae.top_k or 1, w.get("rank_by"))
+    return f + boosts
+
+
+def largest(pre: Sequence[float], kind: str, k: int, rank_by: Sequence[float] | None) -> list[float]:
+    """The k largest, ties included."""
+    rank = [p * (1.0 if rank_by is None else rank_by[j]) for j, p in enumerate(pre)]
+    rank = [abs(p) for p in rank] if kind == "abstopk" else rank
+    least = sorted(rank)[-k]
     kept = [p if r >= least else 0.0 for p, r in zip(pre, rank, strict=True)]
-    return [max(p, 0.0) for p in kept] if sae.activation == "topk" else kept
+    return [max(p, 0.0) for p in kept] if kind == "topk" else kept
+
+
+def dense_change(rule: Rule, x: Sequence[float], y: Sequence[float], sae: SAE, w: Mapping[str, Any]) -> list[float]:
+    """What a dense op adds to the stream at one token."""
+    read, a = normed(x, sae)
+    f = activations(read, sae, w)
+    match rule.op:
+        case Splice(error="kept"):
+            return [0.0] * len(y)
+        case Splice(error):
+            if error == "dropped" and sae.n_base is not None:
+                f = [v if j < sae.n_base else 0.0 for j, v in enumerate(f)]
+            return [v - old for v, old in zip(reconstruction(f, x, a, sae, w), y, strict=True)]
+        case Reweight():
+            after = reweighted(preactivations(read, sae, w), rule, sae, w)
+            return [a * v for v in combined([new - old for new, old in zip(after, f, strict=True)], w, len(y))]
+    raise AssertionError(rule.op)
+
+
+def reweighted(pre: Sequence[float], rule: Rule, sae: SAE, w: Mapping[str, Any]) -> list[float]:
+    """The activations that weights make of all latents of one token."""
+    op: Any = rule.op
+    each = op.weights if isinstance(op.weights, tuple) else [op.weights] * len(rule.latents)
+    weight = dict(zip(rule.latents, each, strict=True))
+    p = [v * weight.get(j, op.others) for j, v in enumerate(pre)]
+    n = sae.d_sae if sae.n_base is None else sae.n_base
+    bent = lambda values: [math.tanh(v) if sae.activation == "tanh_relu" and j < n else v for j, v in enumerate(values)]
+    if op.top_k is None:
+        f = fired(p, sae, w)
+    else:
+        rank_by = [*w["rank_by"][:n], *[1.0] * (sae.d_sae - n)] if "rank_by" in w else None
+        f = bent(largest(p, sae.activation if sae.ranks else "topk", op.top_k, rank_by))
+    return f if op.mode == "weight" else [raw if v != 0 else 0.0 for raw, v in zip(bent(pre), f, strict=True)]
+
+
+def reconstruction(f: Sequence[float], x: Sequence[float], a: float, sae: SAE, w: Mapping[str, Any]) -> list[float]:
+    """x_hat of one token."""
+    mean = sum(x) / len(x) if sae.norm in ("center", "layer_norm") and not sae.is_transcoder else 0.0
+    x_hat = [a * (v + b) + mean for v, b in zip(combined(f, w, sae.d_out), w["b_dec"], strict=True)]
+    skip = sae.skip.double().tolist() if sae.skip is not None else [[0.0] * sae.d_out] * len(x)
+    return [v + sum(x[d] * skip[d][i] for d in range(len(x))) for i, v in enumerate(x_hat)]
+
+
+def combined(f: Sequence[float], w: Mapping[str, Any], width: int) -> list[float]:
+    """f @ W_dec."""
+    return [sum(v * w["W_dec"][j][i] for j, v in enumerate(f)) for i in range(width)]
+
+
+def boosted(x: Sequence[float], sae: SAE, w: Mapping[str, Any]) -> list[float]:
+    """The base's latents, as if they were all there are, and behind them every boost's p where p > threshold."""
+    n = sae.n_base or 0
+    own = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "maximum": 0, "rank_by": 0}
+    cut = {name: getattr(sae, name) for name in own if getattr(sae, name) is not None}
+    cut = {name: tensor[:, :n] if own[name] else tensor[:n] for name, tensor in cut.items()}
+    cut["threshold"] = cut["threshold"] if sae.activation == "jumprelu" else None
+    f = activations(x, replace(sae, n_base=None, **cut))
+    for j in range(n, sae.d_sae):
+        p = w["b_enc"][j] + sum(v * w["W_enc"][d][j] for d, v in enumerate(x))
+        f.append(p if p > w["threshold"][j] else 0.0)
+    return f
 
 
 def pursued(x: Sequence[float], sae: SAE, w: Mapping[str, Any]) -> list[float]:

@@ -12,8 +12,8 @@ from saeguard.cli import app
 from tests import words
 
 COMMANDS = (
-    (), ("demo",), ("steer",), ("plan",), ("assets",), ("models",), ("train",), ("inspect",),
-    ("convert",),
+    (), ("demo",), ("steer",), ("plan",), ("assets",), ("models",), ("train",), ("boost",), ("inspect",),
+    ("convert",), ("error",), ("compare",),
     ("latents",), ("latents", "search"), ("latents", "show"), ("latents", "contexts"),
 )  # fmt: skip
 

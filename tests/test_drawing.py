@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from saeguard import AtLeast, Plan, Rule, Scale, Site
+from saeguard.drawing.histogram import write_histogram
 from saeguard.drawing.page import render, write_page
 from saeguard.drawing.picture import write_picture
 from saeguard.drawing.scene import Batch, Line, Proof, Scene, Token, edited, make_lines, play, sites_of
@@ -132,3 +133,19 @@ def test_picture_without_matplotlib_says_what_to_install(scene, tmp_path, monkey
 
     with pytest.raises(MissingExtra, match=r"needs matplotlib, .*pip install 'saeguard\[demo\]'"):
         write_picture(scene, tmp_path / "no.png")
+
+
+@pytest.mark.parametrize("f", [torch.rand(500).sub(0.9).relu() * 80, torch.zeros(9), torch.zeros(0), torch.ones(1)])
+def test_histogram_is_drawn_of_whatever_fires(f, tmp_path):
+    path = write_histogram(
+        f, tmp_path / "a" / "h.png", title="latent 3 $x", maximum=9.5, examples=[(2.0, "a$"), (0.5, "\n")]
+    )
+
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_histogram_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+    with pytest.raises(MissingExtra, match="saeguard\\[demo\\]"):
+        write_histogram(torch.ones(3), tmp_path / "h.png", title="x")

@@ -19,12 +19,16 @@ from saeguard import (
     Ablate,
     Add,
     AnyActive,
+    Boosted,
     Clamp,
     Layout,
     Plan,
+    Reweight,
     Rule,
     Scale,
     Site,
+    Splice,
+    boosts_of,
     capture,
     errors,
     load_sae,
@@ -38,6 +42,7 @@ from saeguard.models import find_demo, verify_sha256
 from saeguard.plans import MAX_BYTES
 from saeguard.scoring.table import ScoreTable
 from saeguard.training.corpus import read_corpus
+from tests import laws
 from tests.counts import cases
 from tests.lookalikes import LOOKALIKES
 from tests.tiny import fresh_model, prompt, tiny_model, tiny_sae
@@ -210,6 +215,7 @@ CASES: dict[str, Case] = {
     "unstable edit in bfloat16": (errors.UnstableEdit, "nothing was sampled", lambda _: run(rule(1, 2, op=Add(3e38)), model=copy.deepcopy(tiny_model()).bfloat16())),
     "meta device": (errors.MetaDevice, "Load it with from_pretrained", lambda _: run(add_plan(1), model=meta_model())),
     "rows": (errors.RowsMismatch, "3 plans.*4 rows. Give as many plans as rows", lambda _: run([add_plan(1)] * 3, ids=prompt(4, 5))),
+    "boost of another base": (errors.BoostMismatch, "trained on another base.*or train a boost of this one", lambda _: Boosted(replace(SAE, b_dec=SAE.b_dec + 1), boosts_of(laws.with_boosts(SAE, [2])))),
     "two SAEs of one name": (
         errors.AmbiguousSAE,
         "Give them as a mapping",
@@ -224,6 +230,11 @@ CASES: dict[str, Case] = {
     "no site table": (errors.UnsupportedModel, r"'bloom'.*Pass layout=Layout\(blocks=", lambda _: run(add_plan(1), model=bloom())),
     "module of no library": (errors.UnsupportedModel, r"Pass layout=Layout\(blocks=", lambda _: run(add_plan(1), model=nn.Linear(2, 2))),
     "wrong layout": (errors.SiteNotFound, "there is no list of blocks at transformer.blocks", lambda _: run(add_plan(1), model=bloom(), layout=Layout("transformer.blocks"))),
+    "boosts that are not there": (errors.OpMismatch, "Boost it first", lambda _: run(rule(op=Splice("boosted")))),
+    "a rank of more than there are": (errors.OpMismatch, "Give top_k from 1 to 48", lambda _: run(rule(1, op=Reweight(1.0, mode="swap", top_k=49)))),
+    "dense op on some latents": (errors.NotSliceable, "load the SAE without latents=", lambda _: run(rule(op=Splice()), SAE.narrow([1]))),
+    "two reconstructions": (errors.OverlappingRules, "other ops can stand beside it", lambda _: Plan((Rule("a", (), Splice()), Rule("a", (), Splice("kept"))))),
+    "reweight and another op": (errors.OverlappingRules, "plans of different rows", lambda _: Plan((Rule("a", (), Reweight(1.0, mode="swap")), Rule("a", (1,), Add(1.0))))),
     "no maximum": (errors.MissingMaximum, "Give amounts in activation units", lambda _: run(rule(1, op=Add(1.0, unit="max")), replace(SAE, maximum=None))),
     "phase unknown": (errors.PhaseUnknown, "prompt_tokens=n", lambda _: run(rule(1, phase="generated"))),
     "tokens unknown": (errors.TokensUnknown, "Pass input_ids, or write special=True", embedded),

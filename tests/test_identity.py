@@ -12,7 +12,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard import SAE, Ablate, Add, AnyActive, AtLeast, AtMost, Clamp, Layout, Plan, Rule, Scale, steer
+from saeguard import (
+    SAE,
+    Ablate,
+    Add,
+    AnyActive,
+    AtLeast,
+    AtMost,
+    Clamp,
+    Layout,
+    Plan,
+    Reweight,
+    Rule,
+    Scale,
+    Splice,
+    steer,
+)
 from tests import laws, tiny
 from tests.counts import cases
 
@@ -40,6 +55,19 @@ ZERO_EDITS = {
     "trigger watches nothing": {"op": Add(9.0), "trigger": AnyActive(())},
     "no tokens": {"op": Clamp(9.0, when="always", unit="max"), "stop": 0},
     "first none": {"op": Scale(-4.0), "first": 0},
+}
+
+SPLICE = {"latents": (), "op": Splice()}
+ONES = {"op": Reweight((1.0, 1.0, 1.0), mode="weight", others=1.0)}
+DENSE_ZERO_EDITS = {
+    "keep the error": {"latents": (), "op": Splice("kept")},
+    "weigh by one": ONES,
+    "weigh nobody": {"latents": (), "op": Reweight((), mode="weight", others=1.0)},
+    "swap for itself": {"op": Reweight(1.0, mode="swap", others=1.0)},
+    "splice where a trigger never fires": SPLICE | {"trigger": NEVER},
+    "splice no tokens": SPLICE | {"stop": 0},
+    "weigh where a trigger never fires": {"op": Reweight(-2.0, mode="swap"), "trigger": NEVER},
+    "weigh the first none": {"op": Reweight(-2.0, mode="weight", top_k=3), "first": 0},
 }
 
 
@@ -80,11 +108,32 @@ def test_edits_that_change_nothing_return_every_tensor_bit_for_bit(names, saes, 
 
 
 @settings(max_examples=cases(10_000, per_example=TENSORS))
+@given(
+    st.sampled_from(sorted(DENSE_ZERO_EDITS)),
+    st.lists(st.sampled_from(SAES), min_size=1, max_size=3, unique_by=lambda sae: sae.name),
+    st.integers(0, 2**30),
+)
+def test_dense_ops_that_change_nothing_return_every_tensor_bit_for_bit(name, saes, seed):
+    """10,000 tensors in each dtype."""
+    edits = DENSE_ZERO_EDITS[name]
+    saes = saes[:1] if isinstance(edits["op"], Splice) else saes  # two splices of one site are refused
+    plan = Plan(tuple(rule(sae, **edits) for sae in saes))
+    stack = laws.Stack(D)
+    streams = [numbers(dtype, seed + i) for i in range(TENSORS) for dtype in DTYPES]
+
+    with steer(stack, plan, saes=saes, layout=Layout("blocks")):
+        after = [stack(inputs_embeds=x) for x in streams]
+
+    assert all(laws.same_bits(x, y) for x, y in zip(streams, after, strict=True))
+
+
+@settings(max_examples=cases(10_000, per_example=TENSORS))
 @given(st.integers(0, 2**30), st.integers(0, 3), st.data())
 def test_tokens_and_rows_that_a_plan_is_not_about_keep_every_bit(seed, start, data):
     """10,000 tensors in each dtype; here the rest of the tensor is edited, and with large amounts."""
     sae = data.draw(st.sampled_from(SAES))
-    plan = Plan((rule(sae, op=Clamp(50.0, when="always"), start=start),))
+    edits = ({"op": Clamp(50.0, when="always")}, SPLICE, {"op": Reweight(-3.0, mode="swap", top_k=2)})
+    plan = Plan((rule(sae, **data.draw(st.sampled_from(edits)), start=start),))
     stack = laws.Stack(D)
     streams = [numbers(dtype, seed + i) / 1024 for i in range(TENSORS) for dtype in DTYPES]
 
@@ -141,7 +190,7 @@ def test_the_same_harness_sees_an_edit(dtype):
 @given(
     st.sampled_from(tiny.ARCHITECTURES),
     st.sampled_from((torch.float32, torch.bfloat16)),
-    st.sampled_from(sorted(ZERO_EDITS)),
+    st.sampled_from(sorted(ZERO_EDITS | DENSE_ZERO_EDITS)),
     st.integers(0, 9999),
 )
 def test_generation_under_an_edit_that_changes_nothing_is_bit_identical(architecture, dtype, name, seed):
@@ -152,7 +201,7 @@ def test_generation_under_an_edit_that_changes_nothing_is_bit_identical(architec
     options: Any = {"max_new_tokens": 10, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
     plain = model.generate(ids, **options)
-    with steer(model, Plan((rule(sae, **ZERO_EDITS[name]),)), saes=sae):
+    with steer(model, Plan((rule(sae, **(ZERO_EDITS | DENSE_ZERO_EDITS)[name]),)), saes=sae):
         steered = model.generate(ids, **options)
 
     assert torch.equal(plain.sequences, steered.sequences)

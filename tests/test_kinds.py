@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saeguard import SAE, Rule, Site
+from saeguard import SAE, Reweight, Rule, Site
 from saeguard import activations as activations_module
 from saeguard.activations import KINDS, Pursuit
 from saeguard.editor import BoundRule, Editor
@@ -79,12 +79,14 @@ def test_kernels_compute_the_formula_for_every_kind_norm_and_transcoder(data):
     kind, norm = data.draw(st.sampled_from(sorted(KINDS))), data.draw(st.sampled_from(sorted(NORMS)))
     d_out = data.draw(st.sampled_from((None, 5))) if kind != "pursuit" else None
     sae = random_sae(kind, norm, d_out=d_out, seed=data.draw(st.integers(0, 9999)), rank_by=data.draw(st.booleans()))
+    sae = laws.with_boosts(sae, data.draw(st.lists(st.integers(0, 4), max_size=2)), seed=data.draw(st.integers(0, 99)))
     where = st.just({"special": True})
     rules = laws.compatible(data.draw(st.lists(laws.rules(sae, where=where), min_size=1, max_size=3)))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9999)))
     x = torch.randn(1, 2, sae.d_in, generator=generator)
     y = torch.randn(1, 2, sae.d_out, generator=generator) if sae.is_transcoder else x
-    assume(not any(hesitates(token.tolist(), sae) for token in x[0]))
+    others = [laws.weighted(rule, sae) for rule in rules if isinstance(rule.op, Reweight)]
+    assume(not any(hesitates(token.tolist(), other) for token in x[0] for other in [sae, *others]))
     token = {"real": True, "special": False, "covers": [True] * len(rules), "absolute": 0, "since": 0}
 
     told = [slow_maths.tell(x[0, t].tolist(), token, rules, {"random": sae}, y[0, t].tolist()) for t in range(2)]

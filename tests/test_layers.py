@@ -15,8 +15,9 @@ PACKAGE = ROOT / "saeguard"
 
 LAYERS = [
     {"errors", "axes", "strict_json"},
-    {"sites", "tokens", "ops", "norms", "activations"},
-    {"sae", "gates", "archives"},
+    {"sites", "wheels", "tokens", "ops", "norms", "activations"},
+    {"sae", "gates", "dense", "archives"},
+    {"boosted"},
     {"plans", "loaders"},
     {"kernels", "latents", "cards"},
     {"editor"},
@@ -37,7 +38,8 @@ ANYTHING = {
 
 # The bottom of the package has to be readable without knowing a framework.
 PURE = {
-    name: {"torch", "jaxtyping"} for name in ("axes", "sites", "tokens", "norms", "activations", "sae", "ops", "gates")
+    name: {"torch", "jaxtyping"}
+    for name in ("axes", "sites", "tokens", "norms", "activations", "sae", "ops", "dense", "gates")
 }
 PURE["errors"] = set()
 # Extras: one adapter each, so that nobody needs what they do not use.
@@ -192,7 +194,7 @@ socket.socket.connect = socket.getaddrinfo = refuse
 before = (list(logging.root.handlers), logging.root.level)
 import saeguard
 assert before == (logging.root.handlers, logging.root.level), "import saeguard configured logging"
-extras = {"matplotlib", "gguf", "transformer_lens", "nnsight", "vllm", "sentence_transformers"}
+extras = {"matplotlib", "scipy", "gguf", "transformer_lens", "nnsight", "vllm", "sentence_transformers"}
 loaded = sorted(extras & set(sys.modules))
 sys.exit(f"import saeguard imports {loaded}" if loaded else 0)
 """

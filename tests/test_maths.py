@@ -31,7 +31,7 @@ from saeguard import (
     steer,
 )
 from saeguard.activations import Pursuit
-from saeguard.editor import BoundRule, Editor
+from saeguard.editor import BoundRule, DenseEdit, Editor
 from saeguard.tokens import TokenBatch
 from tests import laws, slow_maths, tiny
 from tests.counts import cases
@@ -76,7 +76,9 @@ def saes(draw: Any) -> list[SAE]:
     exact = ("relu", "jumprelu", *RANKING, "pursuit")
     kinds = draw(st.lists(st.sampled_from(exact), min_size=1, max_size=3))
     seed = draw(st.integers(0, 2**20))
-    return [dyadic_sae(f"sae{i}", kind, d_in, 1 + (seed + 3 * i) % 9, seed + i) for i, kind in enumerate(kinds)]
+    found = [dyadic_sae(f"sae{i}", kind, d_in, 1 + (seed + 3 * i) % 9, seed + i) for i, kind in enumerate(kinds)]
+    sizes = draw(st.just(()) | st.lists(st.integers(0, 3), max_size=2))
+    return [laws.with_boosts(sae, sizes, seed=seed + i) for i, sae in enumerate(found)]
 
 
 @st.composite
@@ -128,14 +130,23 @@ def check(rules: Sequence[Rule], found: Sequence[SAE], batch: Any) -> None:
                 assert laws.distance(after[r, t], wanted) <= 1e-5, (kernel, r, t, rules)
                 if not told.doubtful:
                     sets.append((r, t, bool(edit.changed[r, t]), edited_columns(edit, r, t, len(rules))))
-                    columns = [tuple(d != 0 for d in df) for df in told.df]
+                    columns = [changed_columns(rule, df) for rule, df in zip(rules, told.df, strict=True)]
                     wanted_sets.append((r, t, any(map(any, columns)), columns))
         assert sets == wanted_sets, (kernel, rules)
+
+
+def changed_columns(rule: Rule, df: Sequence[float]) -> tuple[bool, ...]:
+    """Which latents are changed, or, by a dense op, whether the stream is."""
+    return (any(d != 0 for d in df),) if rule.is_dense else tuple(d != 0 for d in df)
 
 
 def edited_columns(edit: Any, row: int, token: int, n_rules: int) -> list[tuple[bool, ...]]:
     found: list[list[bool]] = [[] for _ in range(n_rules)]
     for piece in edit.parts:
+        if isinstance(piece, DenseEdit):
+            for local, rule in enumerate(piece.rules):
+                found[rule].append(bool(piece.edited[row, token, local]))
+            continue
         for column, local in enumerate(piece.part.rule.tolist()):
             found[piece.rules[local]].append(bool(piece.df[row, token, column] != 0))
     return [tuple(columns) for columns in found]
@@ -146,7 +157,7 @@ def edited_columns(edit: Any, row: int, token: int, n_rules: int) -> list[tuple[
 def test_kernels_compute_the_formula_for_any_joint_rules(data):
     found = data.draw(saes())
     rule = st.one_of(*(laws.rules(sae, where=laws.wheres(longest=5)) for sae in found))
-    rules = laws.compatible(data.draw(st.lists(rule, min_size=1, max_size=6)))
+    rules = laws.compatible(data.draw(st.lists(rule, min_size=1, max_size=6)), found)
     batch = data.draw(batches(found[0].d_in, len(rules)))
 
     check(rules, found, batch)

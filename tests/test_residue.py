@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from saeguard import capture, steer
+from saeguard import Plan, Reweight, Rule, Splice, capture, steer
 from saeguard.errors import GuardNotApplied, OverlappingRules, PlanNeverRan
 from tests.counts import cases
 from tests.tiny import fresh_model, prompt, tiny_sae
@@ -24,7 +24,11 @@ with torch.no_grad():
     PLAIN = {name: model(IDS).logits for name, model in MODELS.items()}
 
 KINDS = ("pre", "pre_kwargs", "forward", "forward_kwargs", "prepend", "always")
-steers = st.tuples(st.just("steer"), st.integers(0, 11))
+DENSE = (
+    Rule("tiny", (), Splice(), special=True), Rule("tiny", (1, 2), Reweight(2.0, mode="swap", others=1.0)),
+    Rule("tiny", (3,), Reweight(0.0, mode="weight", others=1.0), phase="all", first=3),
+)  # fmt: skip
+steers = st.tuples(st.just("steer"), st.integers(0, 11 + len(DENSE)))
 captures = st.tuples(st.just("capture"), st.sampled_from(["resid_post.0", "resid_pre.1", "mlp_out.2"]))
 exits = st.tuples(st.just("exit"), st.integers(0, 5))
 hooks = st.tuples(st.just("hook"), st.sampled_from(KINDS))
@@ -60,7 +64,8 @@ class Story:
         return self.log
 
     def steer(self, number: int) -> None:
-        self.enter(lambda: steer(self.model, add_plan(number), saes=SAE))
+        plan = add_plan(number) if number <= 11 else Plan((DENSE[number - 12],))
+        self.enter(lambda: steer(self.model, plan, saes=SAE))
 
     def capture(self, site: str) -> None:
         self.enter(lambda: capture(self.model, site))

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from saeguard import SAE, Add, AnyActive, Clamp, Plan, Rule, Scale, Site, capture, steer
+from saeguard import SAE, Add, AnyActive, Clamp, Plan, Rule, Scale, Site, Splice, capture, steer
 from saeguard.errors import GuardNotApplied, OverlappingRules, SiteNotFound, WidthMismatch
 from tests import laws, tiny, traces
 from tests.counts import cases
@@ -49,12 +49,17 @@ TRANSCODERS = {
 }
 
 
-def activations(x: Tensor, sae: SAE) -> Tensor:
-    """All latents of ``x``, computed by hand in float64."""
+def preactivations(x: Tensor, sae: SAE) -> Tensor:
+    """Of all latents of ``x``, computed by hand in float64."""
     x = x.double()
     if sae.norm == "layer_norm":
         x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + sae.eps)
-    pre = x @ sae.W_enc.double() + sae.b_enc.double()
+    return x @ sae.W_enc.double() + sae.b_enc.double()
+
+
+def activations(x: Tensor, sae: SAE) -> Tensor:
+    """All latents of ``x``."""
+    pre = preactivations(x, sae)
     if sae.activation == "topk":
         kept = torch.zeros_like(pre).scatter(-1, pre.topk(sae.top_k).indices, 1.0)
         return pre.clamp_min(0) * kept
@@ -68,11 +73,29 @@ def difference(rule: Rule, f: Tensor, y: Tensor, sae: SAE) -> Tensor:
     shift, lo, hi = (torch.as_tensor(amount).double() * units[op.unit] for amount in (op.shift, op.lo, op.hi))
     mine = f[..., latents]
     moved = (torch.as_tensor(op.scale).double() * mine + shift).maximum(lo).minimum(hi)
-    column = torch.arange(y.shape[1])
-    chosen = (IDS != BOS) & (column >= rule.start) & (column < (rule.stop or 10**6))
-    if rule.trigger:
-        chosen = chosen & (f[..., list(rule.trigger.latents)] > rule.trigger.threshold).any(-1)
-    return torch.where(chosen[..., None] & (mine > op.floor), moved - mine, 0.0)
+    return torch.where(chosen(rule, f)[..., None] & (mine > op.floor), moved - mine, 0.0)
+
+
+def chosen(rule: Rule, f: Tensor) -> Tensor:
+    """The tokens that a rule is about."""
+    column = torch.arange(f.shape[1])
+    found = (IDS != BOS) & (column >= rule.start) & (column < (rule.stop or 10**6))
+    return found if not rule.trigger else found & (f[..., list(rule.trigger.latents)] > rule.trigger.threshold).any(-1)
+
+
+def movement(rule: Rule, x: Tensor, f: Tensor, y: Tensor, sae: SAE) -> Tensor:
+    """What a rule adds to ``y``."""
+    if not rule.is_dense:
+        return difference(rule, f, y, sae) @ sae.W_dec.double()[list(rule.latents)]
+    if isinstance(rule.op, Splice):
+        x_hat = f @ sae.W_dec.double() + sae.b_dec.double()
+        x_hat = x_hat if sae.skip is None else x_hat + x.double() @ sae.skip.double()
+        moved = x_hat - y.double() if rule.op.error == "dropped" else torch.zeros_like(x_hat)
+    else:
+        after = activations(x, laws.weighted(rule, sae))
+        after = torch.where(after == 0, 0.0, preactivations(x, sae)) if rule.op.mode == "swap" else after
+        moved = (after - f) @ sae.W_dec.double()
+    return torch.where(chosen(rule, f)[..., None], moved, 0.0)
 
 
 class ByHand:
@@ -118,9 +141,9 @@ class ByHand:
         f = activations(self.x, self.sae)
         found = y.double()
         for rule in self.plan.rules:
-            df = difference(rule, f, y, self.sae)
-            found = found + df @ self.sae.W_dec.double()[list(rule.latents)]
-            self.edited.append((df != 0).any(-1))
+            moved = movement(rule, self.x, f, y, self.sae)
+            found = found + moved
+            self.edited.append((moved != 0).any(-1))
         return found.to(y.dtype)
 
     @property
@@ -191,6 +214,21 @@ def test_random_rules_on_a_transcoder_equal_two_hooks_by_hand(name, kind, data):
 
     assert laws.distance(found, expected) <= laws.TOLERANCE
     assert positions(run) == hand.positions
+
+
+@pytest.mark.parametrize("kind", TRANSCODERS)
+def test_splice_writes_what_a_transcoder_decodes(kind):
+    model, sae = shared("llama"), TRANSCODERS[kind]
+    plan = plan_of(Rule("tc", (), Splice("dropped"), special=True))
+
+    with (
+        torch.no_grad(), steer(model, plan, saes=sae), capture(model, sae.site, side="before") as reads,
+        capture(model, sae.site_out) as tape,
+    ):  # fmt: skip
+        model(IDS)
+
+    x = reads[sae.site]
+    assert laws.distance(tape[sae.site_out], sae.decode(sae.encode(x), x)) <= 1e-5
 
 
 def test_skip_path_is_part_of_the_reconstruction_and_not_of_the_edit():

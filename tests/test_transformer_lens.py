@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeguard import SAE, Clamp, Plan, Rule, Site, capture, steer
+from saeguard import SAE, Clamp, Plan, Rule, Site, Splice, capture, steer
 from saeguard.engines.corrections import on_plain_weights
 from saeguard.engines.hf import HuggingFace
 from saeguard.errors import AmbiguousSAE
@@ -152,6 +152,41 @@ def test_steering_plain_weights_gives_the_log_probabilities_of_steering_the_proc
         with steer(shared(name), plan, saes=bare):
             wrong = shared(name)(IDS).logits.log_softmax(-1)
         assert float((wrong - expected).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+@pytest.mark.parametrize(("name", "stream"), CASES)
+def test_reconstruction_on_plain_weights_gives_the_log_probabilities_of_the_processed_model(name, stream, activation):
+    """The reconstruction is put in place of the whole stream, so that all of a correction is in what is written."""
+    sae = lens_sae(name, stream, activation)
+    sae = replace(sae, W_dec=sae.W_dec / 16)  # of the size of what it replaces
+    plan = Plan((Rule("tiny", (), Splice("dropped"), special=True),))
+    expected = spliced_lens(name, stream, sae)
+
+    with steer(shared(name), plan, saes=sae):
+        found = shared(name)(IDS).logits.log_softmax(-1)
+
+    plain = shared(name)(IDS).logits.log_softmax(-1)
+    assert float((found - expected).abs().max()) <= 1e-4
+    assert float((found - plain).abs().max()) > 0.1
+    if corrections_matter(name, stream):
+        with steer(shared(name), plan, saes=replace(sae, norm="none", manifest={})):
+            wrong = shared(name)(IDS).logits.log_softmax(-1)
+        assert float((wrong - expected).abs().max()) > 1e-2
+
+
+def spliced_lens(name: str, stream: str, sae: SAE) -> Tensor:
+    """Log-probabilities of TransformerLens's model with the reconstruction in place of a stream; see `steered_lens`."""
+    streams = lens_streams(name)
+
+    def put(x: Tensor, hook: Any) -> Tensor:
+        read = streams[stream] if stream == "resid_mid" else x.flatten(2)
+        x_hat = by_hand(sae, read) @ sae.W_dec.double() + sae.b_dec.double()
+        return x + (x_hat - read).to(x.dtype).view(x.shape)
+
+    at = hook_name("attn_out" if stream == "resid_mid" else stream)
+    with torch.no_grad():
+        return bridge(name).run_with_hooks(IDS, fwd_hooks=[(at, put)]).log_softmax(-1)
 
 
 def steered_lens(name: str, stream: str, sae: SAE) -> Tensor:

@@ -2,7 +2,24 @@
 
 import typer
 
-from saeguard.cli import assets, console, demo, latents, models, plans, sources, steering, training
+from saeguard.cli import (
+    assets,
+    boosting,
+    console,
+    demo,
+    judging,
+    latents,
+    models,
+    plans,
+    profiles,
+    reading,
+    scoring,
+    selecting,
+    showing,
+    sources,
+    steering,
+    training,
+)
 
 app = typer.Typer(
     name="saeguard",
@@ -25,9 +42,18 @@ def main(
 app.command("demo")(demo.demo)
 app.command("steer")(steering.steer)
 app.command("plan")(plans.plan)
+latents.app.command("show")(showing.show)
+latents.app.command("contexts")(reading.contexts)
+latents.app.command("label")(reading.label)
+latents.app.command("profile")(profiles.profile)
 app.add_typer(latents.app, name="latents")
+app.command("score")(scoring.score)
+app.command("select")(selecting.select)
 app.command("assets")(assets.assets)
 app.command("inspect")(sources.inspect)
 app.command("convert")(sources.convert)
+app.command("error")(judging.error)
+app.command("compare")(judging.compare)
 app.command("models")(models.models)
 app.command("train")(training.train)
+app.command("boost")(boosting.boost)

@@ -8,6 +8,9 @@ import typer
 
 from saeguard.cli.console import Json, out, table, write_json
 
+SHOWN = 12
+"""Latents of a rule that are written out."""
+
 
 def plan(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A plan file, as Plan.save writes it.")],
@@ -48,11 +51,19 @@ def _check(found: Any) -> None:
         Editor(site, rules, saes, device=torch.device("cpu"))
 
 
+def _some(rule: Any) -> str:
+    """The latents of a rule, as many as a line can show."""
+    if rule.is_dense and not rule.latents:
+        return "all latents"
+    more = f", ... {len(rule.latents)} in all" if len(rule.latents) > SHOWN else ""
+    return f"[{', '.join(map(str, rule.latents[:SHOWN]))}{more}]"
+
+
 def _show(found: Any, bound: bool) -> None:
     rows = [
         (
             rule.op,
-            f"{rule.sae} {list(rule.latents)}",
+            f"{rule.sae}: {_some(rule)}",
             rule.site or "the SAE's",
             rule.phase,
             rule.trigger or "-",

@@ -110,21 +110,28 @@ def read_plan(name: str) -> Any:
 
 def quick_plan(sae: str, latents: str, op: tuple[str, float | None], *, when: str, unit: str, phase: str) -> Any:
     """The plan that the quick flags spell. Raises `BadRule` for values that no rule may have."""
-    from saeguard import ops
-    from saeguard.cli.latents import default_sae
+    from saeguard.cli.latents import default_sae, latent_numbers
     from saeguard.plans import Plan, Rule
 
-    try:
-        numbers = tuple(int(part) for part in latents.split(","))
-    except ValueError as error:
-        raise typer.BadParameter(f"--latents {latents}: write integers with commas, such as 12,87") from error
-    name, amount = op
-    options: dict[str, Any] = {} if name in ("scale", "ablate") else {"unit": unit}
+    made = make_op(*op, unit=unit, when=when)
+    rule = Rule(sae or default_sae(), tuple(latent_numbers(latents)), made, phase=phase)  # type: ignore[arg-type]
+    return Plan((rule,))
+
+
+def make_op(name: str, amount: float | None, *, unit: str, when: str) -> Any:
+    """The op of that name. Raises `BadRule` for values that no rule may have."""
+    from saeguard import ops
+
+    if name != "ablate" and name not in AMOUNTS:
+        raise typer.BadParameter(f"--op {name}: ops are {', '.join(AMOUNTS)} and ablate")
+    if (amount is None) != (name == "ablate"):
+        raise typer.BadParameter("ablate takes no amount" if name == "ablate" else f"{name} needs an amount: --value")
+    if name == "ablate":
+        return ops.Ablate()
+    options: dict[str, Any] = {} if name == "scale" else {"unit": unit}
     if name == "clamp":
         options["when"] = when
-    made = ops.Ablate() if name == "ablate" else getattr(ops, AMOUNTS[name])(amount, **options)
-    rule = Rule(sae or default_sae(), numbers, made, phase=phase)  # type: ignore[arg-type]  Rule checks it
-    return Plan((rule,))
+    return getattr(ops, AMOUNTS[name])(amount, **options)
 
 
 def _perform(name: str, prompts: list[str], plans: list[Any], *, tokens: int, chat: bool, tick: Any) -> Any:

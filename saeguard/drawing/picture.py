@@ -19,7 +19,7 @@ PROMPT_TOKENS = 14
 
 def write_picture(scene: Scene, path: str | Path) -> Path:
     """Write the PNG to ``path``, making its folder. Raises `MissingExtra` without matplotlib."""
-    figure_class, canvas_class, colormap_class = _matplotlib()
+    figure_class, canvas_class, colormap_class = matplotlib_classes()
     heat = colormap_class.from_list("heat", HEAT)
     height = HEAD_IN + PANEL_IN * len(scene.lines)
     figure = figure_class(figsize=(WIDTH_IN, height), dpi=DPI, facecolor="white")
@@ -36,7 +36,7 @@ def write_picture(scene: Scene, path: str | Path) -> Path:
     return target
 
 
-def _matplotlib() -> tuple[Any, Any, Any]:
+def matplotlib_classes() -> tuple[Any, Any, Any]:
     """The classes that are needed; pyplot, its global state and its windows are not."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

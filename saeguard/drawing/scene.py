@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from saeguard.capturing import Tape, capture
+from saeguard.dense import Reweight
 from saeguard.errors import UnsupportedModel
 from saeguard.plans import Plan, Rule
 from saeguard.reports import Report
@@ -26,6 +27,8 @@ from saeguard.steering import Run, steer
 Kind = Literal["frame", "prompt", "generated"]
 SHOWN_LATENTS = 6
 """Per token and rule; the strongest are kept."""
+SHOWN_WEIGHED = 12
+"""Latents of a `Reweight` whose activations are shown."""
 
 
 @dataclass(frozen=True)
@@ -268,8 +271,12 @@ def in_words(rule: Rule) -> str:
 
 
 def reads(rule: Rule) -> tuple[int, ...]:
-    """The latents that a rule sets, then those that its trigger watches."""
-    return rule.latents + (rule.trigger.latents if rule.trigger else ())
+    """The latents that a rule sets, then those that its trigger watches; of a `Reweight` its heaviest."""
+    latents, watched = rule.latents, rule.trigger.latents if rule.trigger else ()
+    if isinstance(rule.op, Reweight) and isinstance(rule.op.weights, tuple):
+        weight = dict(zip(latents, rule.op.weights, strict=True))
+        latents = tuple(sorted(latents, key=lambda latent: -weight[latent]))
+    return latents[:SHOWN_WEIGHED] + watched if rule.is_dense else latents + watched
 
 
 def edited(report: Report, row: int, call: int = 0) -> frozenset[int]:

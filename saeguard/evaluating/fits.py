@@ -169,6 +169,8 @@ def other_readings(sae: SAE, at: Streams, l0: float) -> Iterator[tuple[str, SAE]
 def _top(sae: SAE, k: int) -> SAE:
     if sae.ranks:
         return replace(sae, top_k=k) if sae.activation != "groupmax" else sae
+    if sae.n_base is not None:  # the boosts keep their thresholds
+        return replace(sae, activation="topk", top_k=min(k, sae.n_base))
     return replace(sae, activation="topk", threshold=None, top_k=k)
 
 

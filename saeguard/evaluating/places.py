@@ -25,7 +25,7 @@ def own_pair(sae: SAE, engine: Engine) -> Pair:
     """The sites that ``sae`` names. Raises `SiteNotFound`, `WidthMismatch`."""
     if sae.site is None:
         raise SiteNotFound(
-            f"a self-check of SAE {sae.name}",
+            f"SAE {sae.name} on a model",
             "it does not say at which site it belongs",
             "Load it with site=..., or set it with dataclasses.replace.",
         )

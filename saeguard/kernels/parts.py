@@ -75,7 +75,7 @@ def lay_out(sae: SAE, rules: Sequence[Rule], rows: Sequence[frozenset[int] | Non
     source = _index([place[latent] for _, latent in columns])
     return Part(
         sae=narrowed,
-        reads=any(rule.op.lower().reads or rule.trigger for rule in rules),
+        reads=any(rule.lowered.reads or rule.trigger for rule in rules),
         source=source,
         rule=_index([index for index, _ in columns]),
         by_norm=_by_norm(rules),
@@ -95,7 +95,7 @@ def _index(numbers: Sequence[int]) -> Int[Tensor, " n"]:
 
 
 def _by_norm(rules: Sequence[Rule]) -> Bool[Tensor, " k"] | None:
-    flags = [rule.op.lower().unit == "norm" for rule in rules for _ in rule.latents]
+    flags = [rule.lowered.unit == "norm" for rule in rules for _ in rule.latents]
     return torch.tensor(flags, dtype=torch.bool) if any(flags) else None
 
 
@@ -103,7 +103,7 @@ def _numbers(sae: SAE, rules: Sequence[Rule], place: Mapping[int, int]) -> dict[
     """The five numbers of each column, those in units of the maximum already multiplied out."""
     numbers: dict[str, list[float]] = {"scale": [], "shift": [], "floor": [], "lo": [], "hi": []}
     for rule in rules:
-        lowered, k = rule.op.lower(), len(rule.latents)
+        lowered, k = rule.lowered, len(rule.latents)
         unit = [1.0] * k if lowered.unit != "max" else _maxima(sae, rule, place)
         numbers["scale"] += _spread(lowered.scale, k)
         numbers["floor"] += [lowered.floor] * k

@@ -1,11 +1,13 @@
-"""Which kernel runs, decided once when an editor is built."""
+"""Which kernels run, decided once when an editor is built."""
 
+from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from saeguard.axes import Fired, Stream
-from saeguard.kernels import reference, sliced
+from saeguard.kernels import dense, reference, sliced
+from saeguard.kernels.dense_parts import DensePart
 from saeguard.kernels.parts import Part
 
 KernelName = Literal["sliced", "reference"]
@@ -18,9 +20,26 @@ class Kernel(Protocol):
     def __call__(self, x: Stream, y: Tensor, part: Part, selected: Fired) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
-KERNELS: dict[KernelName, Kernel] = {"sliced": sliced.edit, "reference": reference.edit}
+@runtime_checkable
+class DenseKernel(Protocol):
+    """The same for dense ops; see `dense.edit`."""
+
+    def __call__(self, x: Stream, y: Tensor, part: DensePart, selected: Fired) -> tuple[Tensor, Fired, Tensor]: ...
 
 
-def pick(force: KernelName | None = None) -> Kernel:
-    """The fast kernel; ``force`` is for tests and benchmarks."""
+@dataclass(frozen=True)
+class Kernels:
+    """One way to compute edits, of both kinds of ops."""
+
+    sliced: Kernel
+    dense: DenseKernel
+
+
+KERNELS: dict[KernelName, Kernels] = {
+    "sliced": Kernels(sliced.edit, dense.edit), "reference": Kernels(reference.edit, reference.edit_dense),
+}  # fmt: skip
+
+
+def pick(force: KernelName | None = None) -> Kernels:
+    """The fast kernels; ``force`` is for tests and benchmarks."""
     return KERNELS[force or "sliced"]

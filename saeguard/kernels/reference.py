@@ -3,10 +3,15 @@
 It is what every fast kernel is tested against; nothing is shared with them but the meaning of a part.
 """
 
+import math
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 
 from saeguard.axes import Fired, Stream
+from saeguard.dense import Reweight, Splice
+from saeguard.kernels.dense_parts import DensePart
 from saeguard.kernels.parts import TINY, Part
 from saeguard.sae import SAE
 
@@ -25,6 +30,53 @@ def edit(
             df[row, token] = _edit_token(_encode(normed, part.sae), y[row, token].double(), part, chosen)
     dy = df @ part.W_dec.double() * scale
     return dy.float(), df.float(), scale.float()
+
+
+def edit_dense(
+    x: Stream, y: Float[torch.Tensor, "batch pos d_out"], part: DensePart, selected: Fired
+) -> tuple[Float[torch.Tensor, "batch pos d_out"], Fired, Float[torch.Tensor, "batch pos rules"]]:
+    """The dense ops: what to add to ``y``, per rule whether it adds anything, and that one's norm; see `dense.edit`."""
+    changes = torch.zeros(*selected.shape, y.shape[-1], dtype=torch.float64)
+    for row, token, number in selected.nonzero().tolist():
+        rule, seen, out = part.rules[number], x[row, token].double(), y[row, token].double()
+        f = _encode(_read(seen, part.sae)[0], part.sae)
+        if rule.trigger is None or any(f[latent] > rule.trigger.threshold for latent in rule.trigger.latents):
+            changes[row, token, number] = _dense_change(seen, out, f, part, number)
+    norm = (changes**2).sum(-1).sqrt()
+    return changes.sum(2).float(), (changes != 0).any(-1), norm.float()
+
+
+def _dense_change(x: torch.Tensor, y: torch.Tensor, f: torch.Tensor, part: DensePart, number: int) -> torch.Tensor:
+    op, sae, weights = part.rules[number].op, part.sae, part.weights[number]
+    read, scale = _read(x, sae)
+    if isinstance(op, Reweight) and weights is not None:
+        return (_reweighted(read, op, weights.double(), sae) - f) @ sae.W_dec.double() * scale
+    if not isinstance(op, Splice) or op.error == "kept":
+        return y * 0
+    told = f.clone()
+    if op.error == "dropped" and sae.n_base is not None:
+        told[sae.n_base :] = 0.0
+    x_hat = (told @ sae.W_dec.double() + sae.b_dec.double()) * scale
+    if sae.norm in ("center", "layer_norm") and not sae.is_transcoder:
+        x_hat = x_hat + x.mean()
+    return x_hat - y if sae.skip is None else x_hat + x @ sae.skip.double() - y
+
+
+def _reweighted(read: torch.Tensor, op: Reweight, weights: torch.Tensor, sae: SAE) -> torch.Tensor:
+    """f' as the activations of an SAE whose encoder was weighted: pre * w = x @ (W_enc * w) + b_enc * w."""
+    weighted = replace(sae, W_enc=sae.W_enc.double() * weights, b_enc=sae.b_enc.double() * weights)
+    if op.top_k is not None:
+        behind = torch.arange(sae.d_sae) >= (sae.d_sae if sae.n_base is None else sae.n_base)
+        weighted = replace(
+            weighted, activation=sae.activation if sae.ranks else "topk", top_k=op.top_k, threshold=None, n_base=None,
+            rank_by=None if sae.rank_by is None else sae.rank_by.masked_fill(behind, 1.0),
+        )  # fmt: skip
+    f, pre = _encode(read, weighted), read @ sae.W_enc.double() + sae.b_enc.double()
+    if sae.activation == "tanh_relu":
+        own = torch.arange(sae.d_sae) < (sae.d_sae if sae.n_base is None else sae.n_base)
+        pre = torch.where(own, pre.tanh(), pre)
+        f = torch.where(own, f.tanh(), f) if op.top_k is not None else f
+    return f if op.mode == "weight" else torch.where(f == 0, 0.0, pre)
 
 
 def _edit_token(f: torch.Tensor, y: torch.Tensor, part: Part, selected: torch.Tensor) -> torch.Tensor:
@@ -56,23 +108,34 @@ def _read(x: torch.Tensor, sae: SAE) -> tuple[torch.Tensor, float]:
 def _encode(x: torch.Tensor, sae: SAE) -> torch.Tensor:
     """Activations of the held latents of one token, from all of them where the kind ranks."""
     pre = (x @ sae.W_enc.double() + sae.b_enc.double()).tolist()
-    held = list(sae.held or range(len(pre)))
+    n = sae.d_sae if sae.n_base is None else sae.n_base  # what comes behind are boosts
+    held = list(range(sae.d_sae) if sae.held is None else sae.held)
+    ranked = _ranked(x, pre[:n], sae) if sae.ranks else []
+    limits = [0.0] * len(held) if sae.threshold is None else sae.threshold.double().tolist()
+    values = []
+    for latent, own, limit in zip(held, [pre[latent] for latent in held] if sae.ranks else pre, limits, strict=True):
+        if latent < n and sae.ranks:
+            values.append(ranked[latent])
+        elif latent < n and sae.activation != "jumprelu":
+            p = 0.0 if own <= 0 else own
+            values.append(math.tanh(p) if sae.activation == "tanh_relu" else p)
+        else:
+            values.append(0.0 if own <= limit else own)
+    return x.new_tensor(values)
+
+
+def _ranked(x: torch.Tensor, pre: list[float], sae: SAE) -> list[float]:
+    """Activations under a kind that ranks, of the latents that it ranks."""
     if sae.activation == "pursuit":
-        found = _pursue(x, sae)
-        return x.new_tensor([found[latent] for latent in held])
-    if sae.ranks:
-        kept = _kept(pre, sae)
-        value = (lambda p: p) if sae.activation in ("topk_norelu", "abstopk") else (lambda p: 0.0 if p <= 0 else p)
-        return x.new_tensor([value(pre[latent]) if latent in kept else 0.0 for latent in held])
-    if sae.activation == "tanh_relu":
-        return x.new_tensor([0.0 if p <= 0 else p for p in pre]).tanh()
-    limits = [0.0] * len(pre) if sae.threshold is None else sae.threshold.double().tolist()
-    return x.new_tensor([0.0 if p <= limit else p for p, limit in zip(pre, limits, strict=True)])
+        return _pursue(x, len(pre), sae)
+    kept = _kept(pre, sae)
+    signed = sae.activation in ("topk_norelu", "abstopk")
+    return [(p if signed or not p <= 0 else 0.0) if latent in kept else 0.0 for latent, p in enumerate(pre)]
 
 
 def _kept(pre: list[float], sae: SAE) -> set[int]:
     """The latents that may fire, those that tie with the last of them included."""
-    weights = [1.0] * len(pre) if sae.rank_by is None else sae.rank_by.double().tolist()
+    weights = [1.0] * len(pre) if sae.rank_by is None else sae.rank_by[: len(pre)].double().tolist()
     rank = [p * weight for p, weight in zip(pre, weights, strict=True)]
     k = sae.top_k or 1
     if sae.activation == "groupmax":
@@ -85,8 +148,8 @@ def _kept(pre: list[float], sae: SAE) -> set[int]:
     return {latent for latent, p in enumerate(rank) if p >= last}
 
 
-def _pursue(x: torch.Tensor, sae: SAE) -> list[float]:
-    how, atoms, found, rest = sae.pursuit, sae.W_enc.double(), [0.0] * sae.d_sae, x - sae.b_dec.double()
+def _pursue(x: torch.Tensor, n: int, sae: SAE) -> list[float]:
+    how, atoms, found, rest = sae.pursuit, sae.W_enc[:, :n].double(), [0.0] * n, x - sae.b_dec.double()
     assert how is not None
     for _ in range(how.rounds):
         products = (rest @ atoms).tolist()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from saeguard.boosted import Boosted
 from saeguard.errors import MissingSite, UnsupportedFormat
 from saeguard.loaders import (
     apollo_e2e,
@@ -30,13 +31,13 @@ from saeguard.loaders import (
     saelens,
     sparsify,
 )  # fmt: skip
-from saeguard.loaders.places import resolve, shipped
+from saeguard.loaders.places import parts, resolve, shipped, shipped_boosts
 from saeguard.loaders.source import Hints, Source
 from saeguard.loaders.stored import Stored
 from saeguard.sae import SAE
 from saeguard.sites import Site
 
-__all__ = ["LOADERS", "Hints", "Loader", "load_sae", "open_sae", "open_source", "shipped"]
+__all__ = ["LOADERS", "Hints", "Loader", "load_sae", "open_sae", "open_source", "shipped", "shipped_boosts"]
 
 
 @runtime_checkable
@@ -161,6 +162,8 @@ def load_sae(
 ) -> SAE:
     """Load an SAE from a shipped name, a folder, a file, ``hf://owner/repo/path`` or a pair (release, id).
 
+    ``base+domain`` is the SAE ``base`` with the boost in its folder ``boosts/domain`` behind it.
+
     ``load_sae("smollm2-135m-instruct/resid_post.20")``, ``load_sae(("gpt2-small-res-jb", "blocks.8.hook_resid_pre"))``.
     With ``latents`` only these are read, and they keep their numbers; kinds that rank still need their whole encoder.
     The other arguments say what the files do not: ``site`` (and ``site_out`` of a transcoder) also replace what they
@@ -168,7 +171,13 @@ def load_sae(
 
     Raises `UnsupportedFormat` when nothing is there or no family, or more than one, recognises it, `BrokenFile` and
     `UnsafePickle` when the content cannot be trusted, `MissingSite` and `MissingScale` when files do not say enough,
-    `ModelUnavailable` when the hub does not give what an address or a release names.
+    `ModelUnavailable` when the hub does not give what an address or a release names, `BoostMismatch` when a boost was
+    trained on another base.
     """
-    stored = open_sae(source, site, site_out=site_out, model=model, top_k=top_k, input_scale=input_scale)
-    return stored.sae(latents)
+    found = parts(source)
+    if found is None:
+        stored = open_sae(source, site, site_out=site_out, model=model, top_k=top_k, input_scale=input_scale)
+        return stored.sae(latents)
+    base = load_sae(found[0], site, site_out=site_out, model=model, top_k=top_k, input_scale=input_scale)
+    boosted = Boosted(base, [load_sae(boost) for boost in found[1]], name=str(source))
+    return boosted if latents is None else boosted.narrow(list(latents))

@@ -2,7 +2,7 @@
 
     sae.safetensors    W_enc b_enc W_dec b_dec [threshold] [maximum] [skip] [rank_by], header key "saeguard" = JSON:
                        {"schema": 1, "name", "activation", "top_k", "pursuit", "norm", "eps", "site", "site_out",
-                        "model", "manifest"}, where what an SAE does not have may be left out
+                        "model", "n_base", "manifest"}, where what an SAE does not have may be left out
 
 The header is read and checked (size, names, dtypes, shapes) before any tensor is allocated.
 """
@@ -36,7 +36,7 @@ _REQUIRED = {"W_enc", "b_enc", "W_dec", "b_dec"}
 _TEXT, _NUMBER = (str, type(None)), (int, type(None))
 _FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str,), "activation": (str,), "top_k": _NUMBER, "pursuit": (dict, type(None)), "norm": (str,),
-    "eps": (float,), "site": _TEXT, "site_out": _TEXT, "model": _TEXT, "manifest": (dict,),
+    "eps": (float,), "site": _TEXT, "site_out": _TEXT, "model": _TEXT, "n_base": _NUMBER, "manifest": (dict,),
 }  # fmt: skip
 _MODE = 0o644
 _MAX_ROUNDS, _MAX_RESIDUAL = 1 << 16, 1e30
@@ -68,7 +68,7 @@ def open(source: Source, hints: Hints) -> Stored:
         pieces={name: Piece(archive, name, _AXES[name]) for name in sorted(names)},
         top_k=meta.get("top_k"), pursuit=pursuit, norm=meta.get("norm", "none"), eps=meta.get("eps", 1e-5),
         site=hints.site or site, site_out=hints.site_out or site_out, model=hints.model or meta.get("model"),
-        manifest=meta.get("manifest", {}),
+        n_base=meta.get("n_base"), manifest=meta.get("manifest", {}),
     )  # fmt: skip
 
 
@@ -118,6 +118,8 @@ def _header(sae: SAE) -> Mapping[str, Any]:
     }  # fmt: skip
     if sae.site_out is not None:
         meta["site_out"] = str(sae.site_out)
+    if sae.n_base is not None:
+        meta["n_base"] = sae.n_base
     if sae.norm != "none":
         meta |= {"norm": sae.norm, "eps": float(sae.eps)}
     return meta if sae.pursuit is None else meta | {"pursuit": asdict(sae.pursuit)}

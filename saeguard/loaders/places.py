@@ -1,6 +1,7 @@
 """From what a user writes to files on this machine: shipped names, paths, hf:// addresses, releases with an id.
 
     smollm2-135m-instruct/resid_post.20       shipped with the package
+    smollm2-135m-instruct/resid_post.20+biology     the same with a boost behind it, see `saeguard.boosted`
     path/to/folder or path/to/file
     hf://owner/repo/path[@revision]           the files of that folder, or that file, fetched to the hub's cache
     (release, id)                             a SAELens release, see `saeguard.loaders.releases`
@@ -31,6 +32,8 @@ logger = logging.getLogger("saeguard.loaders.places")
 
 ASSETS = Path(__file__).parent.parent / "assets"
 HUB = "hf://"
+BOOSTS = "boosts"
+"""The folder of a base that its boosts are in."""
 _IN_CACHE = re.compile(r"/models--([^/]+)/snapshots/[^/]+/(.+)$")
 """The hub's cache: the repository, and the path in it."""
 HUB_TIMEOUT_S = 10.0
@@ -81,8 +84,30 @@ class Address:
 
 
 def shipped() -> dict[str, Path]:
-    """Names of the SAEs that come with the package, each with its folder."""
+    """Names of the SAEs that come with the package, each with its folder; boosts are not among them."""
+    return {name: path for name, path in _in_assets().items() if BOOSTS not in name.split("/")}
+
+
+def shipped_boosts() -> dict[str, Path]:
+    """Names of the boosts that come with the package, ``base/boosts/domain``, each with its folder."""
+    return {name: path for name, path in _in_assets().items() if BOOSTS in name.split("/")}
+
+
+def _in_assets() -> dict[str, Path]:
     return {path.parent.relative_to(ASSETS).as_posix(): path.parent for path in sorted(ASSETS.rglob("sae.safetensors"))}
+
+
+def parts(source: object) -> tuple[str, list[str]] | None:
+    """The base and the boosts that ``base+domain+domain`` names, where that itself is no file; else None.
+
+    A boost is in the base's folder, under ``boosts``.
+    """
+    if not isinstance(source, str | Path) or "+" not in str(source) or str(source).startswith(HUB):
+        return None
+    if os.path.exists(os.path.expanduser(source)):
+        return None
+    base, *domains = str(source).split("+")
+    return base, [f"{base}/{BOOSTS}/{domain}" for domain in domains]
 
 
 def resolve(source: str | Path | tuple[str, str]) -> Local:
@@ -96,7 +121,7 @@ def resolve(source: str | Path | tuple[str, str]) -> Local:
         )  # fmt: skip
     if str(source).startswith("hf:"):
         return _known(_fetched(parse(str(source))))
-    path = shipped().get(str(source), Path(os.path.expanduser(source)))
+    path = _in_assets().get(str(source), Path(os.path.expanduser(source)))
     if not os.path.exists(path):  # Path.exists raises for names that are too long
         raise UnsupportedFormat(
             f"SAE {str(source)!r}",

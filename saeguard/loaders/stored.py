@@ -76,6 +76,7 @@ class Stored:
     site: Site | None = None
     site_out: Site | None = None
     model: str | None = None
+    n_base: int | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -126,7 +127,7 @@ class Stored:
         return SAE(
             name=self.name, activation=self.activation, top_k=self.top_k, pursuit=self.pursuit, norm=self.norm,
             eps=self.eps, site=self.site, site_out=self.site_out, model=self.model, manifest=manifest, held=held,
-            total=None if held is None else self.d_sae, **tensors,
+            total=None if held is None else self.d_sae, n_base=self.n_base, **tensors,
         )  # fmt: skip
 
 

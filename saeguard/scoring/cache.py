@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from saeguard import strict_json
 from saeguard.archives import open_archive
 from saeguard.errors import LoadError
+from saeguard.wheels import cache_folder
 
 logger = logging.getLogger("saeguard.scoring")
 
@@ -80,19 +80,6 @@ class Cache:
 def key_of(**parts: Any) -> str:
     """The key of numbers that depend on ``parts`` and on nothing else."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def cache_folder() -> Path:
-    """``SAEGUARD_CACHE``, else the platform's cache folder for this user: the same one in which models are kept."""
-    if chosen := os.environ.get("SAEGUARD_CACHE"):
-        return Path(chosen)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "saeguard"
 
 
 def model_fingerprint(model: nn.Module) -> str:

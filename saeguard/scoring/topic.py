@@ -94,14 +94,21 @@ def topic_score(
 ) -> Float64[Tensor, " d_sae"]:
     """The score for activations ``z``, dense or sparse, and distances ``d``; ``dead`` where ``z`` is zero throughout.
 
-    The smallest and largest s are taken over the latents that fired: one NaN among them would make every score NaN.
     Raises `ScoreMismatch` when all of them are equally far, so that there is nothing to tell apart.
     """
-    s = mean_distance(z, d)
+    return stretched(mean_distance(z, d), dead=dead)
+
+
+def stretched(s: Float64[Tensor, " d_sae"], *, dead: float = 0.0) -> Float64[Tensor, " d_sae"]:
+    """1 for the smallest s and 0 for the largest, ``dead`` for NaN.
+
+    The smallest and largest s are taken over the latents that fired: one NaN among them would make every score NaN.
+    Raises `ScoreMismatch` when all of them are equally far.
+    """
     live = s[~s.isnan()]
     if len(live) == 0 or float(live.max() - live.min()) <= 1e-12 * float(live.max()):
         raise ScoreMismatch(
-            f"topic similarity by {len(d)} reference texts",
+            "topic similarity by reference texts",
             "no latent fires on them" if len(live) == 0 else f"all {len(live)} latents that fire are equally far",
             "Give more, and more different, reference texts.",
         )
@@ -119,13 +126,21 @@ def mean_distance(z: Float[Tensor, "text d_sae"], d: Float[Tensor, " text"]) -> 
             "topic similarity", f"there are {z.shape[0]} texts and distances of shape {tuple(d.shape)}",
             "Give one distance per text.",
         )  # fmt: skip
-    entries = (z if z.is_sparse else z.to_sparse()).coalesce()
-    (text, latent), weight = entries.indices(), entries.values().double().clamp(min=0)
-    total = torch.bincount(text, weight, minlength=z.shape[0])
-    weight = weight / torch.where(total > 0, total, 1.0)[text]
+    entries = normalised(z)
+    (text, latent), weight = entries.indices(), entries.values()
     above = torch.bincount(latent, weight * d.double().square()[text], minlength=z.shape[1])
     below = torch.bincount(latent, weight, minlength=z.shape[1])
     return (above / torch.where(below > 0, below, float("nan"))).double()  # bincount of nothing is float32
+
+
+def normalised(z: Float[Tensor, "text d_sae"]) -> Float64[Tensor, "text d_sae"]:
+    """z as a sparse matrix in which every text on which something fires has the same weight, nothing below zero."""
+    entries = (z if z.is_sparse else z.to_sparse()).coalesce()
+    weight = entries.values().double().clamp(min=0)
+    text = entries.indices()[0]
+    total = torch.bincount(text, weight, minlength=z.shape[0])
+    weight = weight / torch.where(total > 0, total, 1.0)[text]
+    return torch.sparse_coo_tensor(entries.indices(), weight, z.shape, is_coalesced=True, check_invariants=True)
 
 
 def coverage(z: Float[Tensor, "text d_sae"]) -> float:

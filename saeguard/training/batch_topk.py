@@ -7,6 +7,10 @@
 theta is a property of the batch, so f depends on the other tokens: for steering the SAE becomes a JumpReLU with a
 fixed threshold (`calibrate`). Matryoshka (2503.17547) sums the loss over reconstructions from nested prefixes of the
 latents. Matmuls run in bfloat16 over float32 master weights.
+
+A boost (arXiv 2507.12990) reads x and is to give something else, a target e; it has no b_dec:
+
+    f = (x @ W_enc + b_enc) as above        loss = mean w |e - f @ W_dec|^2 / d_out + aux-k of what is left of e
 """
 
 from collections.abc import Sequence
@@ -60,6 +64,7 @@ def initial_weights(d_sae: int, b_dec: Float[Tensor, " d_in"], *, seed: int) -> 
 def batch_topk_loss(
     weights: Weights,
     x: Float[Tensor, "batch d_in"],
+    target: Float[Tensor, "batch d_out"] | None = None,
     *,
     k: float,
     dead: Bool[Tensor, " d_sae"] | None = None,
@@ -69,37 +74,39 @@ def batch_topk_loss(
 ) -> Loss:
     """Loss of one batch, with gradients to ``weights``.
 
-    ``prefixes`` are the sizes of the nested Matryoshka prefixes; empty means the whole dictionary alone. A token whose
-    squared norm exceeds ``heavy`` times the mean of a typical token (d_in) is weighted down to that: a single massive
-    activation would otherwise own the batch.
+    ``target`` is what to reconstruct, x itself unless given. ``prefixes`` are the sizes of the nested Matryoshka
+    prefixes; empty means the whole dictionary alone. A token whose squared norm exceeds ``heavy`` times the mean of a
+    typical token (d_in) is weighted down to that: a single massive activation would otherwise own the batch.
     """
     half = torch.bfloat16
     centred = x - weights.b_dec
+    wanted = centred if target is None else target
     bias = weights.b_enc - weights.b_dec @ weights.W_enc  # same pre, without a gradient through batch x d_in
     pre = torch.addmm(bias.to(half), x.to(half), weights.W_enc.to(half))
     theta = max(rank_threshold(pre.detach(), k), 0.0)
     f = F.threshold(pre, theta, 0.0)
     decoder = weights.W_dec.to(half)
-    size = centred.detach().square().sum(-1, keepdim=True)
-    weight = (heavy * x.shape[-1] / size).clamp(max=1.0) / x.numel()
-    error, total = _errors(centred, f, decoder, weight, prefixes)
+    size = wanted.detach().square().sum(-1, keepdim=True)
+    weight = (heavy * wanted.shape[-1] / size).clamp(max=1.0) / wanted.numel()
+    error, total = _errors(wanted, f, decoder, weight, prefixes)
     if dead is not None and bool(dead.any()):
         total = total + AUX_COEFFICIENT * _aux_loss(weights, centred, error.detach(), dead, aux_k)
     with torch.no_grad():
-        spread = (x - x.mean(0)).square().sum()
+        whole = x if target is None else target
+        spread = (whole - whole.mean(0)).square().sum()
         fvu = float(error.square().sum() / spread)
     return Loss(total, fvu, theta, f.detach().amax(0) > 0)
 
 
 def _errors(
-    centred: Float[Tensor, "batch d_in"],
+    wanted: Float[Tensor, "batch d_out"],
     f: Float[Tensor, "batch d_sae"],
-    decoder: Float[Tensor, "d_sae d_in"],
+    decoder: Float[Tensor, "d_sae d_out"],
     weight: Float[Tensor, "batch 1"],
     prefixes: Sequence[int],
-) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, ""]]:
-    """What the whole dictionary leaves of x, and the mean loss over the prefixes, the whole one included."""
-    error, losses, start = centred, [], 0
+) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, ""]]:
+    """What the whole dictionary leaves over, and the mean loss over the prefixes, the whole one included."""
+    error, losses, start = wanted, [], 0
     for stop in (*prefixes, decoder.shape[0]):
         error = error - (f[:, start:stop] @ decoder[start:stop]).float()
         losses.append((weight * error.square()).sum())
@@ -110,7 +117,7 @@ def _errors(
 def _aux_loss(
     weights: Weights,
     centred: Float[Tensor, "batch d_in"],
-    error: Float[Tensor, "batch d_in"],
+    error: Float[Tensor, "batch d_out"],
     dead: Bool[Tensor, " d_sae"],
     aux_k: int,
 ) -> Float[Tensor, ""]:

@@ -46,10 +46,7 @@ def make_card(
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "activation": f"{sae.activation}, one threshold for all latents: {float(sae.threshold[0]):.6g}",
-        "bos": "Every chunk begins with BOS. BOS and other special tokens were neither trained on nor measured.",
-        "command": command,
-        "model_weights": dict(model_source),
-        "evaluation": {"form": "jumprelu, float32 model", **evaluation.rounded(), "data": _data(held_out, origins)},
+        "evaluation": {"form": "jumprelu, float32 model", **evaluation.rounded(), "data": data_of(held_out, origins)},
         "training": {
             **asdict(config),
             "prefixes": list(config.prefixes),
@@ -58,7 +55,17 @@ def make_card(
             "precision": "bfloat16 matmuls, float32 master weights; activations stored in bfloat16",
             "method": "BatchTopK with aux-k, then a threshold calibrated to the training L0",
         },
-        "data": _data(chunks, origins),
+        "data": data_of(chunks, origins),
+        **shared_facts(command, model_source, attribution),
+    }
+
+
+def shared_facts(command: str, model_source: Mapping[str, Any], attribution: Sequence[str]) -> dict[str, Any]:
+    """What every card says: how to make it again, of which model, under which licence, with which versions."""
+    return {
+        "bos": "Every chunk begins with BOS. BOS and other special tokens were neither trained on nor measured.",
+        "command": command,
+        "model_weights": dict(model_source),
         "licence": "The weights and these lists are released under Apache-2.0; the texts they were derived from "
         "keep their own licences and are not included.",
         "attribution": list(attribution),
@@ -66,7 +73,8 @@ def make_card(
     }
 
 
-def _data(chunks: Chunks, origins: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def data_of(chunks: Chunks, origins: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What was read: how much, and of each file its hash, sources and licences."""
     return {
         "n_tokens": chunks.n_tokens,
         "context": chunks.ids.shape[1],

@@ -85,9 +85,9 @@ def read_corpus(
     per_file: list[list[list[int]]] = []
     counts: list[int] = []
     for path in map(Path, paths):
-        documents = list(_documents(path, tokenizer))
-        counts.append(len(documents))
-        rows = _cut(documents, tokenizer, bos=bos, context=context)
+        found = list(documents(path, tokenizer))
+        counts.append(len(found))
+        rows = _cut(found, tokenizer, bos=bos, context=context)
         per_file.append([rows[i] for i in rng.permutation(len(rows))])
     if not any(per_file):
         raise TrainError(
@@ -104,9 +104,10 @@ def read_corpus(
     return _pad([rows[i] for i in rng.permutation(len(rows))], tokenizer, context, files, seed)
 
 
-def _documents(path: Path, tokenizer: Any) -> Iterator[str]:
+def documents(path: Path, tokenizer: Any) -> Iterator[str]:
+    """The documents of one file; conversations go through the tokenizer's chat template. Raises `TrainError`."""
     if not path.is_file():
-        raise TrainError(f"training text from {path}", "there is no such file", "Check the path.")
+        raise TrainError(f"text from {path}", "there is no such file", "Check the path.")
     if path.suffix == ".txt":
         yield path.read_text(encoding="utf-8")
         return
@@ -116,7 +117,7 @@ def _documents(path: Path, tokenizer: Any) -> Iterator[str]:
                 yield _text_of(json.loads(line), tokenizer)
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise TrainError(
-            f"training text from {path}",
+            f"text from {path}",
             f"a row could not be read ({type(error).__name__}: {error})",
             "Give .txt files, or .jsonl / .jsonl.gz files whose rows have a text field.",
         ) from error

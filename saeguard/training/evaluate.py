@@ -6,9 +6,9 @@ CE recovered  (CE_zero - CE_spliced) / (CE_zero - CE)   x_hat, or zero, put in t
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,11 +17,17 @@ from torch.nn import functional as F
 
 from saeguard.errors import TrainError
 from saeguard.sae import SAE
+from saeguard.sites import Site
 from saeguard.training.activations import Reader, find_blocks
 from saeguard.training.corpus import Chunks
 
 MASSIVE = 4.0
 """Times the median norm; a token beyond it is left out of ``fvu_typical``."""
+
+
+ZEROED = "zeroed"
+Splice = SAE | Literal["zeroed"] | None
+"""What stands in the place of x: a reconstruction, zero, or x itself."""
 
 
 @dataclass(frozen=True)
@@ -60,33 +66,59 @@ def evaluate_sae(
 
     Raises `TrainError` when there is no text or the SAE names no site.
     """
-    if sae.site is None or not len(chunks.ids):
+    (found,) = evaluate_saes([sae], model, chunks, batch_rows=batch_rows, n_ce_chunks=n_ce_chunks, progress=progress)
+    return found
+
+
+def evaluate_saes(
+    saes: Sequence[SAE],
+    model: nn.Module,
+    chunks: Chunks,
+    *,
+    batch_rows: int = 8,
+    n_ce_chunks: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Evaluation]:
+    """Measure several SAEs of one site on the same tokens, such as a base with and without its boosts.
+
+    Each gets the numbers that `evaluate_sae` gives it, and what does not depend on the SAE is computed once. Raises
+    `TrainError` when there is no text, an SAE names no site, or they differ in it.
+    """
+    site = saes[0].site if saes else None
+    if site is None or not len(chunks.ids) or any(sae.site != site for sae in saes):
         raise TrainError(
-            f"an evaluation of {sae.name}",
-            "it names no site" if sae.site is None else "there is no text to measure on",
-            "Give an SAE with a site, and held-out text.",
+            f"an evaluation of {', '.join(sae.name for sae in saes) or 'no SAEs'}",
+            "there is no text to measure on" if site else "it names no site",
+            "Give SAEs of one site, and held-out text.",
         )
     n_ce = len(chunks.ids) if n_ce_chunks is None else min(n_ce_chunks, len(chunks.ids))
     total = len(chunks.ids) + n_ce
-    tally = _Tally(sae)
-    with Reader(model, [sae.site], exact=True) as reader:
+    tallies = [_Tally(sae) for sae in saes]
+    with Reader(model, [site], exact=True) as reader:
         for start in range(0, len(chunks.ids), batch_rows):
             rows = slice(start, start + batch_rows)
-            tally.add(reader.read(chunks.ids[rows])[sae.site][chunks.kept[rows]])
+            x = reader.read(chunks.ids[rows])[site][chunks.kept[rows]]
+            for tally in tallies:
+                tally.add(x)
             if progress is not None:
                 progress(min(start + batch_rows, len(chunks.ids)), total)
-    sums, n_ce_tokens = torch.zeros(3, dtype=torch.float64), 0
+    sums, n_ce_tokens = torch.zeros(2 + len(saes), dtype=torch.float64), 0
     for start in range(0, n_ce, batch_rows):
         rows = slice(start, min(start + batch_rows, n_ce))
         ids, kept = chunks.ids[rows], chunks.kept[rows]
-        sums += torch.stack([_summed_ce(model, ids, kept, sae, how) for how in ("plain", "spliced", "zeroed")])
+        each: list[Splice] = [None, ZEROED, *saes]
+        sums += torch.stack([_summed_ce(model, ids, kept, site, splice) for splice in each])
         n_ce_tokens += int(kept[:, 1:].sum())
         if progress is not None:
             progress(len(chunks.ids) + min(start + batch_rows, n_ce), total)
-    ce, spliced, zeroed = (sums / max(n_ce_tokens, 1)).tolist()
-    recovered = (zeroed - spliced) / (zeroed - ce) if zeroed != ce else float("nan")
-    return Evaluation(**tally.result(), n_ce_tokens=n_ce_tokens, ce=ce, ce_spliced=spliced, ce_zeroed=zeroed,
-                      ce_recovered=recovered)  # fmt: skip
+    ce, zeroed, *spliced = (sums / max(n_ce_tokens, 1)).tolist()
+    return [
+        Evaluation(
+            **tally.result(), n_ce_tokens=n_ce_tokens, ce=ce, ce_spliced=mine, ce_zeroed=zeroed,
+            ce_recovered=(zeroed - mine) / (zeroed - ce) if zeroed != ce else float("nan"),
+        )
+        for tally, mine in zip(tallies, spliced, strict=True)
+    ]  # fmt: skip
 
 
 def reconstruction(sae: SAE, x: Float[Tensor, "tokens d_in"]) -> dict[str, float | int]:
@@ -112,7 +144,7 @@ class _Tally:
         norms = x.norm(dim=-1)
         self.limit = MASSIVE * float(norms.median()) if self.limit is None else self.limit
         f = self.sae.encode(x)
-        error = (x - self.sae.decode(f)).double().square().sum(-1)
+        error = (x - self.sae.decode(f, x)).double().square().sum(-1)
         self.active += int((f > 0).sum())
         self.fired |= (f > 0).any(0)
         for i, mask in enumerate((torch.ones_like(norms, dtype=torch.bool), norms <= self.limit)):
@@ -140,26 +172,24 @@ def _summed_ce(
     model: nn.Module,
     ids: Int[Tensor, "batch pos"],
     kept: Bool[Tensor, "batch pos"],
-    sae: SAE,
-    how: str,
+    site: Site,
+    splice: Splice,
 ) -> Float[Tensor, ""]:
     """Summed loss of predicting the kept tokens, with x left alone, replaced by x_hat or zeroed where kept."""
-    site = sae.site
-    assert site is not None
     with contextlib.ExitStack() as stack:
-        if how != "plain":
-            hook = _replacing(sae, kept, zero=how == "zeroed")
+        if splice is not None:
+            hook = _replacing(splice, kept)
             stack.callback(find_blocks(model)[site.layer].register_forward_hook(hook).remove)
         logits = model(input_ids=ids, use_cache=False).logits
     wanted = kept[:, 1:]
     return F.cross_entropy(logits[:, :-1][wanted].float(), ids[:, 1:][wanted], reduction="sum").double()
 
 
-def _replacing(sae: SAE, kept: Bool[Tensor, "batch pos"], *, zero: bool) -> Callable[..., Any]:
+def _replacing(splice: Splice, kept: Bool[Tensor, "batch pos"]) -> Callable[..., Any]:
     def replace(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         x = output if isinstance(output, Tensor) else output[0]
-        new = x.clone()
-        new[kept] = 0.0 if zero else sae.decode(sae.encode(x[kept])).to(x.dtype)
+        new, old = x.clone(), x[kept]
+        new[kept] = splice.decode(splice.encode(old), old).to(x.dtype) if isinstance(splice, SAE) else 0.0
         return new if isinstance(output, Tensor) else (new, *output[1:])
 
     return replace

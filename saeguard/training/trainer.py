@@ -98,12 +98,16 @@ class TrainState:
     scale: float
     silent: Tensor
     step: int = 0
+    target_scale: float | None = None
+    """By what a target is multiplied before it is learnt; None where x is its own target."""
 
 
 def train(
     batches: BatchSource,
     config: TrainConfig,
     *,
+    target: BatchSource | None = None,
+    start: TrainState | None = None,
     checkpoint: str | Path | None = None,
     every: int = 500,
     resume: bool = False,
@@ -112,16 +116,18 @@ def train(
 ) -> TrainState:
     """Train to ``config.steps`` (or ``stop_at``), writing ``checkpoint`` every ``every`` steps, whole or not at all.
 
-    ``resume`` goes on from the checkpoint when there is one. Raises `TrainError` when it was made with other
-    hyper-parameters, or when the loss stops being finite.
+    The latents learn to give ``target`` where there is one, and else x itself; its batches belong to those of
+    ``batches`` token by token. ``start`` has weights to begin with instead of random ones. ``resume`` goes on from the
+    checkpoint when there is one. Raises `TrainError` when it was made with other hyper-parameters, or when the loss
+    stops being finite.
     """
     path = Path(checkpoint) if checkpoint is not None else None
-    state = _start(batches, config)
+    state = start or _start(batches, target, config)
     if resume and path is not None and path.is_file():
         _restore(state, config, path)
     last = min(stop_at if stop_at is not None else config.steps, config.steps)
     while state.step < last:
-        report = _step(state, batches.at(state.step), config)
+        report = _step(state, batches.at(state.step), None if target is None else target.at(state.step), config)
         if progress is not None:
             progress(report)
         if path is not None and (state.step % every == 0 or state.step == last):
@@ -129,20 +135,40 @@ def train(
     return state
 
 
-def _start(batches: BatchSource, config: TrainConfig) -> TrainState:
+def _start(batches: BatchSource, target: BatchSource | None, config: TrainConfig) -> TrainState:
     x = batches.sample(CENTRE_TOKENS)
     centre = geometric_median(x)
-    size = (x - centre).square().sum(-1).median()
     weights = initial_weights(config.d_sae, torch.zeros_like(centre), seed=config.seed)
+    state = begin(weights, config, centre=centre, scale=unit_scale(x - centre))
+    if target is not None:
+        weights.b_dec.requires_grad_(False)  # it stays 0: where no latent fires, nothing is added
+        state.target_scale = unit_scale(target.sample(CENTRE_TOKENS))
+    return state
+
+
+def begin(weights: Weights, config: TrainConfig, *, centre: Float[Tensor, " d_in"], scale: float) -> TrainState:
+    """A state before its first step; the weights are for (x - centre) * scale."""
     optimizer = torch.optim.Adam(weights.all(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    silent = torch.zeros(config.d_sae, dtype=torch.long)
-    return TrainState(weights, optimizer, centre, math.sqrt(x.shape[-1] / max(float(size), 1e-12)), silent)
+    return TrainState(weights, optimizer, centre, scale, torch.zeros(config.d_sae, dtype=torch.long))
 
 
-def _step(state: TrainState, batch: Float[Tensor, "batch d_in"], config: TrainConfig) -> Progress:
+def unit_scale(x: Float[Tensor, "tokens d_in"]) -> float:
+    """What gives a typical token a squared norm of d_in."""
+    size = x.square().sum(-1).median()
+    return math.sqrt(x.shape[-1] / max(float(size), 1e-12))
+
+
+def _step(
+    state: TrainState,
+    batch: Float[Tensor, "batch d_in"],
+    wanted: Float[Tensor, "batch d_out"] | None,
+    config: TrainConfig,
+) -> Progress:
     x = (batch.float() - state.centre) * state.scale
+    target = None if wanted is None or state.target_scale is None else wanted.float() * state.target_scale
     dead = state.silent > config.dead_after
-    loss = batch_topk_loss(state.weights, x, k=config.k, dead=dead, aux_k=config.aux_k, prefixes=config.prefixes)
+    loss = batch_topk_loss(state.weights, x, target, k=config.k, dead=dead, aux_k=config.aux_k,
+                           prefixes=config.prefixes)  # fmt: skip
     if not math.isfinite(loss.fvu):
         raise TrainError(
             f"step {state.step} of training",
@@ -182,6 +208,7 @@ def _save(state: TrainState, config: TrainConfig, path: Path) -> None:
         "centre": state.centre,
         "scale": state.scale,
         "silent": state.silent,
+        "target_scale": state.target_scale,
     }
     torch.save(content, partial)
     os.replace(partial, path)
@@ -209,6 +236,7 @@ def _restore(state: TrainState, config: TrainConfig, path: Path) -> None:
     state.optimizer.load_state_dict(content["optimizer"])
     state.centre, state.scale = content["centre"], content["scale"]
     state.silent, state.step = content["silent"], content["step"]
+    state.target_scale = content.get("target_scale")
 
 
 @torch.no_grad()
