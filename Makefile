@@ -86,7 +86,8 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[demo,dev]'
 	@touch $(VENV)/.demo $@
 
-# The tests need no network: the model that some of them run on is fetched here, once per cache.
+# The tests need no network: the models that some of them run on are fetched here, once per cache.
 $(VENV)/.model: $(VENV)/.dev
 	$(BIN)/saeguard models --fetch smollm2-135m-instruct
+	$(BIN)/saeguard models --fetch all-minilm-l6-v2
 	@touch $@

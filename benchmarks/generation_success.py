@@ -15,7 +15,8 @@ so latents that pass several filters are steered once. Intervals are 95 % bootst
 groups together, which keeps what groups share. Filters: Arad et al. 2025 (arXiv 2505.20063): output score of at
 least 0.01, and the best by rank; Wang et al. 2025 (arXiv 2510.03659): the tails of the change of token confidence,
 which is positive where the moved model is less sure.
-Everything is kept in ``--work``, and a run that was interrupted goes on there. The last line is JSON.
+Every latent is kept in ``--work``: an interrupted run goes on there, and more latents cost only what is new. Sixty per
+group are about 270 latents, and half an hour on two idle cores. The last line is JSON.
 """
 
 import argparse
@@ -50,6 +51,7 @@ THRESHOLD, TAILS = 0.01, (0.95, 0.99)
 CUTS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SCORE, CHANGE = "output_score", "confidence_change_1"
 ROWS, DRAWS, FEWEST = 252, 4000, 5
+Filters = list[tuple[str, frozenset[int]]]
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,6 @@ def score_all(model: Any, tokenizer: Any, sae: SAE, work: Path) -> ScoreTable:
     return table
 
 
-Filters = list[tuple[str, frozenset[int]]]
-
-
 def filters(table: ScoreTable, live: Sequence[int]) -> list[Filters]:
     """Names and the latents that pass, among the live ones; filters of one list are nested, the loosest first."""
     score, change = (table.column(name)[list(live)].double() for name in (SCORE, CHANGE))
@@ -125,9 +124,9 @@ def draw(nested: Sequence[Filters], live: Sequence[int], n: int, seed: int) -> l
     so that it costs no steering of its own."""
     order = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed)).tolist()
     groups = []
-    for filters in nested:
+    for tier in nested:
         pool = [live[place] for place in order]
-        for name, passing in filters:
+        for name, passing in tier:
             pool = [latent for latent in pool if latent in passing][:n]
             groups.append(Group(name, passing, tuple(pool)))
     return [group for group in groups if group.latents]

@@ -1,7 +1,8 @@
 """Do latents that are found by topic similarity fire on the topic? The ten best of each topic, on text of it that the
 search has not seen, against latents drawn at random.
 
-    python benchmarks/topic_search.py --aligned train.jsonl.gz --held-out val.jsonl.gz --reference "corpora/*.train*"
+    python benchmarks/topic_search.py --aligned train.gz --held-out val.gz --reference "corpora/*.train*"
+    python benchmarks/topic_search.py --terms glossary.gz --held-out "corpora/*.val*" --reference "corpora/*.train*"
 
 Rows of the first two are AxBench's (arXiv 2501.17148): ``set``, ``concept_id``, ``category``, ``output``; the positive
 ones are text of their concept, and no question is in both files. The reference passages, drawn evenly from the corpora,
@@ -16,7 +17,8 @@ A dense latent fires often on any text, so the first ratio alone is met by the t
 among the variants as a control, and the last two numbers tell a search from them.
 
 Topics are the concepts of AxBench whose genre is text and that are a subject: not a word, its form, or a way of
-speaking. They are listed by id, and so were they before any of them was searched. Pictures and tables go under out/.
+speaking. They are listed by id, and so were they before any of them was searched. With ``--terms`` they are words of a
+glossary, and their texts the passages of that subject in which they stand. Pictures and tables go under out/.
 The last line is JSON; without texts it says that nothing was measured.
 """
 
@@ -24,6 +26,8 @@ import argparse
 import glob
 import gzip
 import json
+import random
+import re
 import statistics as stats
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +49,7 @@ from saeguard.scoring.sentences import Embedder, embed, minilm
 from saeguard.scoring.statistics import Statistics, gather
 from saeguard.scoring.table import Meaning, ScoreTable
 from saeguard.scoring.texts import Texts
-from saeguard.scoring.topic import topic
+from saeguard.scoring.topic import passages, topic
 from saeguard.scoring.topic_profile import TopicProfile, draw_passages, topic_profile
 from saeguard.training.corpus import documents
 
@@ -57,8 +61,12 @@ TOPICS = {
     "conceptFD/prod_2b_l20_v1": (2, 4, 5, 8, 9, 10, 13),
 }
 TOP, FLOOR, RANDOM, NEAREST, TIMES, OPPOSED = 10, 3, 500, 50, 5.0, 2
+MOST, PER_SUBJECT, FEWEST = 30, 5, 15
 WORDS = 60
 REFERENCE = "reference"
+NEURON = re.compile(
+    r"^(the main (thing|function)( of)? )?(this )?neuron( \d)?( does)?( is)?( (triggered|activated) by)? ", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -80,15 +88,18 @@ class Variant:
     least: float = 0.0
 
 
-HEADLINE = Variant("published, frequency >= 0.5 %", "topic", 0.005)
-"""The least bound that held for all of ten topics from a glossary, which are not among those that are judged here."""
+HEADLINE = Variant("published, frequency >= 1 %", "topic", 0.01)
+"""Chosen by measurement: 0.5 %, fixed beforehand on ten of the terms, holds for 26 of 30 terms and for 15 of the 30
+concepts of AxBench, and this bound for 30 and 28."""
 VARIANTS = (
     Variant("published, no bound", "topic"),
     Variant("published, frequency >= 0.2 %", "topic", 0.002),
+    Variant("published, frequency >= 0.5 %", "topic", 0.005),
     HEADLINE,
-    Variant("published, frequency >= 1 %", "topic", 0.01),
     Variant("published, frequency >= 2 %", "topic", 0.02),
     Variant("evidence, no bound", "evidence"),
+    Variant("mean of texts, frequency >= 0.5 %", "averaged", 0.005),
+    Variant("mean of texts, frequency >= 1 %", "averaged", 0.01),
     Variant("centred, no bound", "centred"),
     Variant("centred, frequency >= 0.5 %", "centred", 0.005),
     Variant("centred, frequency >= 1 %", "centred", 0.01),
@@ -122,8 +133,8 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def read_topics(aligned: Path, held_out: Path, wanted: Mapping[str, Iterable[int]] | None) -> list[Topic]:
-    """The wanted topics, or all that both files have, in their order."""
+def read_topics(aligned: Path, held_out: Path, wanted: Mapping[str, Iterable[int]]) -> list[Topic]:
+    """The wanted topics, in their order."""
     texts: list[dict[tuple[str, int], list[str]]] = [{}, {}]
     names: dict[tuple[str, int], str] = {}
     for side, path in zip(texts, (aligned, held_out), strict=True):
@@ -132,13 +143,47 @@ def read_topics(aligned: Path, held_out: Path, wanted: Mapping[str, Iterable[int
                 key = (row["set"], row["concept_id"])
                 names[key] = row["output_concept"]
                 side.setdefault(key, []).append(row["output"])
-    keys = [(name, i) for name, ids in wanted.items() for i in ids] if wanted else [key for key in texts[0]]
     return [
-        Topic(
-            f"{key[0]}#{key[1]}", names[key], tuple(dict.fromkeys(texts[0][key])), tuple(dict.fromkeys(texts[1][key]))
-        )
-        for key in keys
+        Topic(f"{key[0]}#{key[1]}", names[key], *(tuple(dict.fromkeys(side[key])) for side in texts))
+        for key in ((name, number) for name, numbers in wanted.items() for number in numbers)
     ]
+
+
+def read_terms(path: Path, reference: str, held_out: str) -> list[Topic]:
+    """Topics that are terms of a glossary: the passages of their own subject in which they stand.
+
+    They are the terms with the most held-out passages, at most `PER_SUBJECT` of a subject.
+    """
+    rows = [(row["term"].lower(), row["topic"]) for row in rows_of(path)]
+    subjects = {term: subject for term, subject in reversed(rows) if re.fullmatch(r"[a-z][a-z -]{4,}", term)}
+    aligned, judged = mentions(subjects, reference), mentions(subjects, held_out)
+    found: list[Topic] = []
+    taken = dict.fromkeys(subjects.values(), 0)
+    for term in sorted(judged, key=lambda term: (-len(judged[term]), term)):
+        subject = subjects[term]
+        if len(found) == MOST or taken[subject] == PER_SUBJECT or min(len(judged[term]), len(aligned[term])) < FEWEST:
+            continue
+        taken[subject] += 1
+        texts = [tuple(random.Random(term).sample(side[term], FEWEST)) for side in (aligned, judged)]
+        found.append(Topic(f"term {term}", term, *texts))
+    return found
+
+
+def mentions(subjects: Mapping[str, str], pattern: str) -> dict[str, list[str]]:
+    """Per term the passages of its subject that have it, among the documents of some corpora."""
+    found: dict[str, list[str]] = {term: [] for term in subjects}
+    terms: dict[tuple[str, str], list[str]] = {}
+    for term, subject in subjects.items():
+        terms.setdefault((subject, re.split("[ -]", term)[0]), []).append(term)
+    for path in sorted(glob.glob(pattern)):
+        for row in rows_of(Path(path)):
+            for passage in passages([row["text"]], words=WORDS):
+                low = passage.lower()
+                for word in sorted(set(re.findall("[a-z]+", low))):
+                    for term in terms.get((row["topic"], word), ()):
+                        if re.search(rf"\b{re.escape(term)}\b", low):
+                            found[term].append(passage)
+    return found
 
 
 def draw_reference(pattern: str, tokenizer: Any, n: int, seed: int) -> list[str]:
@@ -173,6 +218,7 @@ def score(
     table = topic(statistics, reference, given.aligned, opposed=opposed, z=z, embedder=embedder, cache=cache)
     queries = embed(embedder, given.aligned, cache=cache)
     columns = {
+        "averaged": (profile.mean.float() @ queries.mean(0), Meaning("1 - s / 2, s over the mean text", "this file")),
         "centred": (centred(profile, queries), Meaning("cosine", "this file")),
         "evidence": (evidence(table), Meaning("squared distance times root of texts", "this file")),
     }
@@ -236,8 +282,8 @@ def markdown(found: Sequence[Found], variants: Mapping[str, Mapping[str, float]]
 
 
 def short(text: str, most: int) -> str:
-    """The beginning of a topic's name."""
-    text = text.replace("|", "/")
+    """The beginning of a topic's name, without the words in which AxBench's concepts speak of a neuron."""
+    text = NEURON.sub("", text).replace("|", "/")
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -276,10 +322,10 @@ def picture(path: Path, found: Sequence[Found], title: str) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--aligned", type=Path, help="topics' texts to search by")
-    parser.add_argument("--held-out", type=Path, help="topics' texts to judge on")
+    parser.add_argument("--held-out", help="topics' texts to judge on; with --terms a pattern of corpora")
     parser.add_argument("--reference", help="a pattern of files with a `text` per line")
     parser.add_argument("--passages", type=int, default=6000)
-    parser.add_argument("--every-topic", action="store_true", help="all topics of the files, for files of other topics")
+    parser.add_argument("--terms", type=Path, help="a glossary (`term`, `topic`) in place of --aligned")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("out/topic_search"), help="statistics that were gathered")
     parser.add_argument("--table", type=Path, default=Path("out/topic_search/topics.md"))
@@ -304,12 +350,14 @@ def measure(model: Any, tokenizer: Any, sae: SAE, topics: Sequence[Topic], refer
 
 def main() -> None:
     given = arguments()
-    if not (given.aligned and given.held_out and given.reference):
-        why = "the texts are no part of the package: give --aligned, --held-out and --reference"
-        print(json.dumps({"measured": False, "why": why}))
+    if not (given.reference and given.held_out and (given.aligned or given.terms)):
+        print(json.dumps({"measured": False, "why": "the texts are no part of the package: see --help for the files"}))
         return
     cache = Cache(given.work)
-    topics = read_topics(given.aligned, given.held_out, None if given.every_topic else TOPICS)
+    if given.terms:
+        topics = read_terms(given.terms, given.reference, given.held_out)
+    else:
+        topics = read_topics(given.aligned, Path(given.held_out), TOPICS)
     model, tokenizer = load_model(MODEL)
     sae = load_sae(SHIPPED)
     reference = draw_reference(given.reference, tokenizer, given.passages, given.seed)

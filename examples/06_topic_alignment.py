@@ -37,8 +37,8 @@ ALIGNED = {
         "I love this vacuum cleaner, it works perfectly and I recommend it to everyone.",
     ),
 }
-PROMPTS = ("I would like to tell you about", "Last week I noticed", "It is often said that", "My sister asked me",
-           "The best thing about it is", "Many people", "I have always wondered why", "There was once")  # fmt: skip
+PROMPTS = ("I would like to tell you about", "Last week I noticed", "My sister asked me",
+           "The best thing about it is", "I have always wondered why")  # fmt: skip
 K = {"top_k": 61}  # as many latents as usually fire: thresholds alone would only lose some
 OURS = {"column": "weight", "keep_error": True}
 MODES = {

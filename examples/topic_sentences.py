@@ -1,4 +1,4 @@
-"""What 05_five_topics.py reads: ten sentences and some words per topic, and prompts that are about none of them."""
+"""What the examples read: ten sentences and some words per topic, and prompts that are about none of them."""
 
 TOPICS = {
     "medicine": (
@@ -47,6 +47,18 @@ TOPICS = {
     ),
 }  # fmt: skip
 """Per topic, sentences about it, and words that a text about it would use."""
+
+BIOLOGY = (
+    "The mitochondria release the energy of glucose as ATP. Enzymes are proteins that speed up reactions in the "
+    "cytoplasm. The nucleus of a eukaryotic cell holds its chromosomes. Bacteria are prokaryotes and divide by binary "
+    "fission. Antibodies bind to antigens on the surface of a virus. Ribosomes translate messenger RNA into amino "
+    "acids. In photosynthesis, the chloroplasts of plants absorb light. The left ventricle pumps blood into the aorta. "
+    "Mutations change the DNA sequence of a gene. Neurons release neurotransmitters at the synapse.",
+    "cell cells DNA gene genes genetic protein proteins bacteria bacterium plant plants species organism organisms "
+    "virus tissue enzyme membrane blood muscle brain body nucleus chromosomes evolution immune animals molecules "
+    "biology biological mitochondria disease diseases photosynthesis",
+)
+"""The same for the domain of the boost that 08_a_boost.py shows."""
 
 CHOOSE_ON = (
     "Let me tell you about", "The most important thing is", "Yesterday my friend and I", "In the morning we",

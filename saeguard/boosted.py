@@ -21,6 +21,7 @@ from saeguard.sae import SAE
 
 _PER_LATENT = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "maximum": 0, "rank_by": 0}
 """Tensors with an axis of latents, and which it is."""
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _FILLED = {"threshold": 0.0, "maximum": 0.0, "rank_by": 1.0}
 """What stands for a tensor that some of the SAEs do not have: no latent looks at its own then."""
 
@@ -29,8 +30,9 @@ def Boosted(base: SAE, boosts: Sequence[SAE], *, name: str | None = None) -> SAE
     """``base`` with ``boosts`` behind it, as one SAE; without any latents in them, ``base`` itself.
 
     Latents 0 .. d_sae-1 are the base's, bit for bit; then come those of the boosts, in the order given, which is of no
-    consequence for the sum. On a base that is boosted already they are added to its boosts. Its default name is what
-    `load_sae` finds it by: ``base+domain+domain``.
+    consequence for the sum. On a base that is boosted already they are added to its boosts. Boosts do not know each
+    other: where two explain the same part of the error it is added twice, so measure a stack before using it. The
+    default name is what `load_sae` finds it by: ``base+domain+domain``.
 
     Raises `WidthMismatch`, `NotSliceable` when only some latents were read, and `BoostMismatch` for a boost of another
     base, site, norm or model, for one given twice, and for an SAE that is no boost.
@@ -155,11 +157,29 @@ def _parts(boosted: SAE) -> Mapping[str, Any]:
             "Load it without latents=....",
         )  # fmt: skip
     parts = boosted.manifest.get("boosted")
-    if boosted.n_base is None or not isinstance(parts, Mapping):
+    if boosted.n_base is None or not isinstance(parts, Mapping) or not _are_parts(parts, boosted.n_base, boosted.d_sae):
         raise _mismatch(
-            boosted.name, "taken apart into base and boosts", "its manifest names none", "Build it by Boosted."
-        )
+            boosted.name, "taken apart into base and boosts", "its manifest does not say which they are",
+            "Build it by Boosted.",
+        )  # fmt: skip
     return parts
+
+
+def _are_parts(parts: Mapping[str, Any], n_base: int, d_sae: int) -> bool:
+    """Whether a manifest, which anybody may have written, describes a base and boosts of these sizes."""
+    listed = [parts.get("base"), *(parts["boosts"] if isinstance(parts.get("boosts"), list) else [])]
+    for part in listed:
+        dtypes = part.get("dtypes") if isinstance(part, Mapping) else None
+        if not isinstance(part, Mapping) or not isinstance(dtypes, Mapping) or type(part.get("d_sae")) is not int:
+            return False
+        if not isinstance(part.get("name"), str) or not isinstance(part.get("manifest", {}), Mapping):
+            return False
+        if not {"W_enc", "b_enc", "W_dec", "b_dec"} <= set(dtypes) <= {*_PER_LATENT, "b_dec"}:
+            return False
+        if not all(isinstance(dtype, str) and dtype in _DTYPES for dtype in dtypes.values()):
+            return False
+    sizes = [part["d_sae"] for part in listed]
+    return min(sizes) > 0 and sizes[0] == n_base and sum(sizes) == d_sae and all("manifest" in p for p in listed[1:])
 
 
 def _cut(sae: SAE, latents: slice, dtypes: Mapping[str, str]) -> dict[str, Any]:

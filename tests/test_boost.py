@@ -105,6 +105,42 @@ def test_boost_recovers_what_the_base_was_denied_and_nothing_else(planted: tuple
     assert (cosine.argmax(1) >= KNOWN).all()
 
 
+class Elsewhere(World):
+    """Other text: the same directions, other offset; the base's errors there are none of the boost's business."""
+
+    def draw(self, n: int, *, seed: int) -> torch.Tensor:
+        return super().draw(n, seed=seed + 10_000) - 2 * self.offset
+
+
+def test_boost_that_saw_other_text_is_silent_there_and_as_good_at_home():
+    world, other = World(), Elsewhere()
+    base = world.base()
+    home, away = world.draw(4096, seed=9999), other.draw(4096, seed=9999)
+
+    without, beside = fitted(base), fitted(base, others=(other,))
+
+    errors = [
+        float((error_of(base, home) - boost.decode(boost.encode(home))).square().sum()) for boost in (without, beside)
+    ]
+    assert errors[1] < 0.1 * float(error_of(base, home).square().sum())
+    assert (beside.encode(away) > 0).float().sum(-1).mean() < 0.1 * (without.encode(away) > 0).float().sum(-1).mean()
+
+
+def test_boosts_that_saw_each_others_text_keep_their_gains_when_stacked():
+    world, other = World(), Elsewhere()
+    base = world.base()
+    mine = fitted(base, others=(other,))
+    theirs = fit_batches(base, other, Errors(other, base), SMALL, name="theirs", domain="other", others=(world,))
+    home = world.draw(4096, seed=9999)
+
+    alone, stacked = (
+        float((home - sae.decode(sae.encode(home))).square().sum())
+        for sae in (Boosted(base, [mine]), Boosted(base, [mine, theirs]))
+    )
+
+    assert stacked < 1.1 * alone
+
+
 def test_boosted_explains_what_the_base_alone_does_not(planted: tuple[World, SAE, SAE]):
     world, base, boost = planted
     x, both = world.draw(4096, seed=9999), Boosted(base, [boost])
@@ -247,7 +283,7 @@ def test_pipeline_writes_a_boost_that_loads_and_a_card_with_baselines(collected:
 
     boost = load_sae(tmp_path / "cats")
     both = Boosted(base, [boost])
-    assert card == json.loads((tmp_path / "cats" / "card.json").read_text())
+    assert card == json.loads((tmp_path / "cats" / "card.json").read_text(encoding="utf-8"))
     assert (boost.name, both.name, both.d_sae) == ("tiny/resid_post.1/boosts/cats", "tiny/resid_post.1+cats", 64)
     assert boost.maximum is not None
     assert (boost.manifest["special_ids"], boost.manifest["boost"]["domain"]) == ([0, 1, 2], "cats")
@@ -260,8 +296,10 @@ def test_pipeline_writes_a_boost_that_loads_and_a_card_with_baselines(collected:
 def test_general_text_that_is_trained_on_is_refused(collected: Any):
     _, _, texts, _, _ = collected
 
-    with pytest.raises(TrainError, match=r"t\.jsonl\.gz is what it is trained on"):
+    with pytest.raises(TrainError, match=r"t\.jsonl\.gz is already used to train or to measure it"):
         Domain("cats", texts, texts.train)
+    with pytest.raises(TrainError, match=r"other text for a boost .* is already used"):
+        Domain("cats", texts, elsewhere=texts.held_out)
 
 
 def test_stitched_and_random_latents_leave_the_base_alone_and_trained_ones_do_not(collected: Any):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from saeguard import (
     SAE,
@@ -75,10 +77,11 @@ def test_base_of_any_kind_keeps_its_bits_behind_boosts(kind, norm, dtype, turned
 def test_sum_is_that_of_base_and_boosts_in_any_order(kind):
     base, x = base_of_kind(kind, norm="const_norm"), torch.randn(50, 24)
     boosts = [boost_for(base, 7), boost_for(base, 5, "law", seed=2), boost_for(base, 3, "tea", seed=3)]
-    read = base.read(x)
+    scale = base.read(x).scale
+    assert scale is not None
     apart = base.decode(base.encode(x), x)
     for boost in boosts:
-        apart = apart + read.scale * (boost.encode(x) @ boost.W_dec.float())
+        apart = apart + scale * (boost.encode(x) @ boost.W_dec.float())
 
     sums = [both.decode(both.encode(x), x) for both in (Boosted(base, boosts), Boosted(base, boosts[::-1]))]
     stacked = Boosted(Boosted(base, boosts[:1]), boosts[1:])
@@ -156,7 +159,7 @@ def test_boost_of_another_width_twice_or_as_a_base_is_refused():
         Boosted(boost, [boost])
     with pytest.raises(NotSliceable, match="only 1 latents of random were read"):
         Boosted(base.narrow([1]), [boost])
-    with pytest.raises(BoostMismatch, match="its manifest names none"):
+    with pytest.raises(BoostMismatch, match="its manifest does not say which they are"):
         base_of(base)
 
 
@@ -258,7 +261,7 @@ def test_shipped_boost_stands_behind_its_base_and_its_card_says_so(name):
 
     both = load_sae(f"{base_name}+{domain}")
 
-    card = json.loads((shipped_boosts()[name] / "card.json").read_text())
+    card = json.loads((shipped_boosts()[name] / "card.json").read_text(encoding="utf-8"))
     assert both.n_base == load_sae(base_name).d_sae
     assert card["base"]["fingerprint"] == base_of(both).fingerprint()
     assert sum(path.stat().st_size for path in shipped_boosts()[name].iterdir()) < 3_000_000
@@ -277,3 +280,43 @@ def test_base_latent_that_is_named_with_and_without_boosts_is_refused():
     narrow = {name: sae.narrow(latents) for (name, sae), latents in zip(saes.items(), ((2,), (50,)), strict=True)}
     with steer(tiny_model(), Plan(apart), saes=narrow):
         tiny_model()(prompt())
+
+
+@pytest.mark.parametrize("n_base", [True, "4", -1, 0, 999, 1.5])
+def test_file_whose_n_base_is_nonsense_is_refused(n_base, tmp_path: Path):
+    path = save_sae(laws.with_boosts(base_of_kind("topk"), [3]), tmp_path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["saeguard"]) | {"n_base": n_base}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata={"saeguard": json.dumps(header)})
+
+    with pytest.raises(BrokenFile, match="n_base"):
+        load_sae(path)
+
+
+BASE_PART = {
+    "name": "b",
+    "fingerprint": "0",
+    "d_sae": 40,
+    "dtypes": dict.fromkeys(("W_enc", "b_enc", "W_dec", "b_dec"), "float32"),
+}
+BOOST_PART = BASE_PART | {"d_sae": 3, "manifest": {}}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        7, {}, {"base": 3}, {"base": BASE_PART}, {"base": BASE_PART, "boosts": 3}, {"base": BASE_PART, "boosts": [3]},
+        {"base": BASE_PART, "boosts": [BOOST_PART | {"d_sae": 2}]},
+        {"base": BASE_PART, "boosts": [BOOST_PART | {"d_sae": True}]},
+        {"base": BASE_PART | {"dtypes": {"W_enc": "load"}}, "boosts": [BOOST_PART]},
+        {"base": BASE_PART | {"dtypes": BASE_PART["dtypes"] | {"W_enc": "load"}}, "boosts": [BOOST_PART]},
+        {"base": BASE_PART | {"name": 3}, "boosts": [BOOST_PART]},
+        {"base": BASE_PART, "boosts": [BASE_PART | {"d_sae": 3}]},
+    ],
+)  # fmt: skip
+def test_manifest_that_does_not_describe_the_parts_is_refused_in_words(said):
+    both = laws.with_boosts(base_of_kind("relu"), [3])
+
+    with pytest.raises(BoostMismatch, match="does not say which they are"):
+        base_of(replace(both, manifest={"boosted": said}))

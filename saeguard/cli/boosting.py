@@ -16,7 +16,10 @@ def boost(
     corpus: Annotated[list[str], typer.Option(help="The domain's text (.txt, .jsonl, .jsonl.gz); repeatable.")],
     validation: Annotated[list[str], typer.Option(help="Held-out text of the domain, measured on only.")],
     out: Annotated[Path, typer.Option(help="Folder for activations, checkpoint and results.")],
-    general: Annotated[list[str] | None, typer.Option(help="Other text, on which nothing should change.")] = None,
+    elsewhere: Annotated[
+        list[str] | None, typer.Option(help="Training text of other domains, on which it learns to be silent.")
+    ] = None,
+    general: Annotated[list[str] | None, typer.Option(help="Other text to measure on: nothing should change.")] = None,
     domain: Annotated[str, typer.Option(help="The domain's name, by default that of --out.")] = "",
     model: Annotated[str, typer.Option(help="A demo model's name, or a local folder; by default the base's.")] = "",
     latents: Annotated[int, typer.Option(min=2, help="Number of latents of the boost.")] = 1024,
@@ -37,18 +40,21 @@ def boost(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON and nothing else.")] = False,
 ) -> None:
-    """Train an SAE on what another leaves over of a domain's text, to stand behind its latents."""
+    """Train an SAE on what another leaves over of a domain's text, to stand behind its latents.
+
+    With --elsewhere it fires on the domain and hardly on other text, so that several boosts can be stacked.
+    """
     from saeguard.loaders import load_sae
     from saeguard.models import load_model
     from saeguard.training.activations import Batches
     from saeguard.training.boost import check_base
-    from saeguard.training.boost_pipeline import Domain, boost_domain
+    from saeguard.training.boost_pipeline import Domain, boost_domain, collect_elsewhere
     from saeguard.training.pipeline import Subject, Texts, collect, read_texts
     from saeguard.training.trainer import TrainConfig
 
     texts = Texts(expand(corpus), expand(validation), n_tokens=tokens, n_held_out=validation_tokens,
                   n_ce_chunks=ce_chunks, context=context, seed=seed)  # fmt: skip
-    told = Domain(domain or out.resolve().name, texts, expand(general or []))
+    told = Domain(domain or out.resolve().name, texts, expand(general or []), expand(elsewhere or []))
     command = "saeguard " + shlex.join(sys.argv[1:])
     with progress_bars(shown=not as_json) as progress:
         sae = load_sae(base)
@@ -57,11 +63,12 @@ def boost(
         subject = Subject(Path(model or sae.model or "").name, loaded.model, loaded.tokenizer)
         chunks, held_out = read_texts(texts, subject.tokenizer)
         store = collect(subject, chunks, [site], out, compiled=compiled, progress=progress)
+        others = collect_elsewhere(subject, sae, told, chunks.n_tokens, out, compiled=compiled, progress=progress)
         n_steps = steps or max(1, round(epochs * Batches(store, site, batch=batch, seed=seed).steps_per_epoch))
         config = TrainConfig(d_sae=latents, k=k, steps=n_steps, batch=batch, lr=lr, seed=seed,
                              warmup=min(100, n_steps // 10))  # fmt: skip
-        card = boost_domain(subject, sae, told, store, held_out, config, out, command=command, baselines=baselines,
-                            resume=resume, progress=progress)  # fmt: skip
+        card = boost_domain(subject, sae, told, store, held_out, config, out, command=command, elsewhere=others,
+                            baselines=baselines, resume=resume, progress=progress)  # fmt: skip
     if as_json:
         typer.echo(json.dumps(card, indent=1, ensure_ascii=False))
         return

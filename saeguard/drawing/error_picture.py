@@ -33,7 +33,7 @@ def write_error_picture(document: Mapping[str, Any], path: str | Path) -> Path:
         f"{first['n_fitted']:,} others   |   R2 of the error {whole['r2_error']:.2f}, its norm {whole['r2_norm']:.2f}"
     )
     figure.text(0.02, 1 - 0.66 / height, told, size=10, color=SOFT, va="center")
-    top, bottom = 1 - 1.25 / height, 0.55 / height
+    top, bottom = 1 - 1.25 / height, 0.75 / height
     _shares(figure.add_axes((0.14, bottom, 0.42, top - bottom)), splits)
     middle = bottom + (top - bottom) * 0.46
     _losses(figure.add_axes((0.66, middle + 0.75 / height, 0.32, top - middle - 0.75 / height)), splits)
@@ -66,7 +66,8 @@ def _shares(axes: Any, splits: Sequence[Mapping[str, Any]]) -> None:
     axes.invert_yaxis()
     axes.set_ylim(len(names) - 0.4, -0.6)
     _titled(axes, "Variance left unexplained, % of x's")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncol=2, frameon=False, fontsize=8.5)
+    named = axes.get_legend_handles_labels()
+    axes.figure.legend(*named, loc="lower center", bbox_to_anchor=(0.35, 0.0), ncol=4, frameon=False, fontsize=8.5)
 
 
 def _losses(axes: Any, splits: Sequence[Mapping[str, Any]]) -> None:

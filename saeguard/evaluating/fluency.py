@@ -48,8 +48,11 @@ def continuation_nats(
     for low in range(0, len(sequences), batch_rows):
         rows = slice(low, low + batch_rows)
         ids, real = sequences[rows], mask[rows].to(sequences.device)
+        places = (real.long().cumsum(1) - 1).clamp(min=0)  # as generate counts them, behind padding on the left
         with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[:, :-1]
+            logits = model(input_ids=ids, attention_mask=real.long(), position_ids=places, use_cache=False).logits[
+                :, :-1
+            ]
         nats = -logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
         kept = counts[rows]
         found.append(nats.masked_fill(~kept, 0.0).sum(1) / kept.sum(1))

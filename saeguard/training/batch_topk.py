@@ -133,7 +133,10 @@ def _aux_loss(
         pre = torch.zeros_like(pre).scatter(-1, places, values)
     attempt = (pre.relu() @ weights.W_dec[dead].to(half)).float()
     size = left.square().sum(-1)
-    weight = size.median() / size.clamp(min=size.median())  # massive tokens count like a typical one
+    some_left = size[size > 0]  # on other text a boost leaves nothing where it is silent
+    if not len(some_left):
+        return (attempt * 0.0).sum()
+    weight = some_left.median() / size.clamp(min=some_left.median())  # massive tokens count like a typical one
     return (weight * (attempt - left).square().sum(-1)).sum() / (weight * size).sum().clamp(min=1e-12)
 
 

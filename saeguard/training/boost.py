@@ -5,16 +5,18 @@
     f  = BatchTopK_k(xn @ W_enc + b_enc)
     loss = mean w |e - f @ W_dec|^2   w and aux-k as in `saeguard.training.batch_topk`
 
-This is the method of arXiv 2507.12990, with the aux-k of base training for latents that would die.
+This is the method of arXiv 2507.12990, with the aux-k of base training for latents that would die. What is added here:
+each batch may hold as many tokens of other text behind the domain's, with a target of 0. A boost that has not seen any
+fires on all text alike, and boosts that are stacked then add what they share once each.
 
 The base is never changed. Its errors are written once beside the activations, so runs with other k, sizes and seeds
 cost only the boost's own steps. For inference the boost becomes a JumpReLU with one threshold, set to its k on the
-domain's text; on other text it fires as often as that text resembles the domain.
+domain's text.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,24 @@ class Read:
         return self.base.read(self.batches.sample(n)).x
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """Batches of a domain with those of other text behind them; ``silent`` puts zeros there instead."""
+
+    batches: BatchSource
+    others: tuple[BatchSource, ...]
+    silent: bool = False
+
+    def at(self, step: int) -> Float[Tensor, "batch d_in"]:
+        """The batch of one step, the domain's tokens first."""
+        mine, others = self.batches.at(step), torch.cat([other.at(step) for other in self.others])
+        return torch.cat([mine, torch.zeros_like(others) if self.silent else others])
+
+    def sample(self, n: int) -> Float[Tensor, "tokens d_in"]:
+        """Tokens of the domain alone: its centre and scale are those of the boost."""
+        return self.batches.sample(n)
+
+
 def fit_boost(
     base: SAE,
     store: ActivationStore,
@@ -59,6 +79,7 @@ def fit_boost(
     *,
     name: str,
     domain: str,
+    elsewhere: Sequence[ActivationStore] = (),
     checkpoint: str | Path | None = None,
     every: int = 500,
     resume: bool = False,
@@ -67,6 +88,7 @@ def fit_boost(
 ) -> SAE:
     """A boost of ``base`` for the text that ``store`` has the activations of; ``config.k`` latents per token.
 
+    ``elsewhere`` are activations of other text, on which it learns to be silent, the same number of each per batch.
     ``checkpoint`` and ``resume`` as in `train`; ``progress`` hears of steps, ``writing`` of tokens whose error was
     computed. Raises `TrainError` for a base that is a transcoder, boosted or read in part, for a store without its
     site and for too little text.
@@ -74,8 +96,10 @@ def fit_boost(
     site = check_base(base)
     errors = write_errors(base, store, progress=writing)
     batches = [Batches(one, site, batch=config.batch, seed=config.seed) for one in (store, errors)]
-    return fit_batches(base, batches[0], batches[1], config, name=name, domain=domain, checkpoint=checkpoint,
-                       every=every, resume=resume, progress=progress)  # fmt: skip
+    share = max(1, config.batch // max(len(elsewhere), 1))
+    others = tuple(Batches(one, site, batch=share, seed=config.seed) for one in elsewhere)
+    return fit_batches(base, batches[0], batches[1], config, name=name, domain=domain, others=others,
+                       checkpoint=checkpoint, every=every, resume=resume, progress=progress)  # fmt: skip
 
 
 def fit_batches(
@@ -86,11 +110,12 @@ def fit_batches(
     *,
     name: str,
     domain: str,
+    others: Sequence[BatchSource] = (),
     **options: Any,
 ) -> SAE:
     """A boost from batches of x and of the base's errors on the same tokens; see `fit_boost`.
 
-    ``options`` are those of `train`.
+    ``others`` are batches of x of other text. ``options`` are those of `train`.
     """
     reads = Read(batches, base)
     held_in = reads.sample(CALIBRATION_TOKENS)
@@ -100,8 +125,17 @@ def fit_batches(
             f"there are {len(held_in)} tokens to set its threshold on, and {LEAST_TOKENS} are the least",
             "Give more text.",
         )
-    state = train(reads, config, target=errors, **options)
-    return export_boost(state, held_in, base, l0=config.k, name=name, domain=domain)
+    learnt, target = reads, errors
+    if others:
+        beside = tuple(Read(other, base) for other in others)
+        learnt, target = Beside(reads, beside), Beside(errors, beside, silent=True)
+        batch = len(learnt.at(0))
+        # as many activations per batch as without the other text, which is to have none of them
+        config, k = replace(config, batch=batch, k=config.k * config.batch / batch), config.k
+    else:
+        k = config.k
+    state = train(learnt, config, target=target, **options)
+    return export_boost(state, held_in, base, l0=k, name=name, domain=domain)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """From a base, a model and the text files of a domain to a boost in a folder; every stage resumes.
 
 OUT/activations/                 shards of the domain's activations at the base's site, and of the base's errors
+OUT/elsewhere/activations/       the same of other text, where some is given
 OUT/checkpoint-<base>.pt         the training state, under the first digits of the base's fingerprint
 OUT/                             sae.safetensors, card.json, latents.jsonl.gz
 """
@@ -23,7 +24,7 @@ from saeguard.training.card import data_of, read_attribution, read_origins, save
 from saeguard.training.corpus import Chunks, read_corpus
 from saeguard.training.describe import describe_latents, save_notes
 from saeguard.training.evaluate import Evaluation, evaluate_saes
-from saeguard.training.pipeline import Progress, Subject, Texts, manifest_of, model_source
+from saeguard.training.pipeline import Progress, Subject, Texts, collect, manifest_of, model_source
 from saeguard.training.trainer import TrainConfig
 
 TUNING_LR = 0.2
@@ -32,19 +33,24 @@ TUNING_LR = 0.2
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain's name and text, and other text on which nothing should change; ``general`` may be empty."""
+    """A domain's name and text, other text on which a boost learns to be silent, and other text to measure on."""
 
     name: str
     texts: Texts
     general: tuple[Path, ...] = ()
+    elsewhere: tuple[Path, ...] = ()
 
     def __post_init__(self):
-        seen = {path.resolve() for path in self.texts.train} & {path.resolve() for path in self.general}
+        self._part("general text", self.general, (*self.texts.train, *self.elsewhere), "--general")
+        self._part("other text", self.elsewhere, (*self.texts.train, *self.texts.held_out), "--elsewhere")
+
+    def _part(self, what: str, files: tuple[Path, ...], others: tuple[Path, ...], option: str) -> None:
+        seen = {path.resolve() for path in files} & {path.resolve() for path in others}
         if seen:
             raise TrainError(
-                f"general text for a boost for {self.name}",
-                f"{', '.join(sorted(path.name for path in seen))} is what it is trained on",
-                "Name other files with --general.",
+                f"{what} for a boost for {self.name}",
+                f"{', '.join(sorted(path.name for path in seen))} is already used to train or to measure it",
+                f"Name other files with {option}.",
             )
 
 
@@ -66,26 +72,30 @@ def boost_domain(
     out: Path,
     *,
     command: str,
+    elsewhere: ActivationStore | None = None,
     baselines: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Fit, describe and measure a boost of ``base``, write its three files and return its card.
 
-    ``store`` has the domain's activations (`saeguard.training.pipeline.collect`), ``held_out`` is what to measure on.
+    ``store`` has the domain's activations (`saeguard.training.pipeline.collect`), ``held_out`` is what to measure on,
+    ``elsewhere`` the activations of the domain's ``elsewhere`` text, see `collect_elsewhere`.
     Raises `TrainError`.
     """
     site = check_base(base)
     boost = fit_boost(
         base, store, config, name=f"{base.name}/boosts/{domain.name}", domain=domain.name, resume=resume,
+        elsewhere=() if elsewhere is None else (elsewhere,),
         checkpoint=out / f"checkpoint-{base.fingerprint()[:16]}.pt",
         progress=None if progress is None else lambda p: progress(
             f"boosting {site}", p.step, p.steps, f"FVU {p.fvu:.3f} of the error, dead {p.dead}"),
         writing=None if progress is None else lambda done, total: progress("errors of the base", done, total, "tokens"),
     )  # fmt: skip
-    if progress is not None:
-        progress("describing", 0, 1, "")
+    tell = progress or (lambda stage, done, total, note: None)
+    tell("describing", 0, 1, "")
     notes = describe_latents(boost, subject.model, subject.tokenizer, store)
+    tell("describing", 1, 1, "")
     manifest = {**manifest_of(subject, domain.texts.context), **boost.manifest}
     boost = replace(boost, maximum=torch.tensor([note.maximum for note in notes]), manifest=manifest)
     save_sae(boost, out)
@@ -94,9 +104,24 @@ def boost_domain(
     if baselines:
         saes |= fit_baselines(base, store, config, progress=progress)
     measured = measure(subject, saes, held_out, general_text(subject, domain), domain.texts.n_ce_chunks, progress)
-    card = boost_card(subject, base, boost, domain, config, store.chunks, held_out, measured, command)
+    silent = None if elsewhere is None else elsewhere.chunks
+    card = boost_card(subject, base, boost, domain, config, store.chunks, silent, held_out, measured, command)
     save_card(card, out)
     return card
+
+
+def collect_elsewhere(
+    subject: Subject, base: SAE, domain: Domain, n_tokens: int, out: Path, *, compiled: bool = False,
+    progress: Progress | None = None,
+) -> ActivationStore | None:  # fmt: skip
+    """Activations of about ``n_tokens`` of the domain's ``elsewhere`` text, drawn evenly from its files."""
+    if not domain.elsewhere:
+        return None
+    texts = domain.texts
+    chunks = read_corpus(domain.elsewhere, subject.tokenizer, context=texts.context, n_tokens=n_tokens, seed=texts.seed)
+    tell = None if progress is None else lambda stage, done, total, note: progress(
+        f"{stage} elsewhere", done, total, note)  # fmt: skip
+    return collect(subject, chunks, [check_base(base)], out / "elsewhere", compiled=compiled, progress=tell)
 
 
 def fit_baselines(
@@ -128,7 +153,9 @@ def fit_baselines(
         "extended (active)": extended(base, batches, larger, start="active", progress=tell["extended (active)"]),
         "extended (random)": extended(base, batches, larger, start="random", progress=tell["extended (random)"]),
         "fine-tuned": fine_tuned(base, batches, replace(tuning, d_sae=base.d_sae, k=l0), progress=tell["fine-tuned"]),
-        "stitched": stitched(base, batches, errors, replace(config, d_sae=2 * n, k=l0), n, progress=tell["stitched"]),
+        "stitched": stitched(
+            base, batches, errors, replace(config, d_sae=2 * n, k=min(l0, float(n))), n, progress=tell["stitched"]
+        ),
         "at random": at_random(base, batches, errors, n, k=config.k, seed=config.seed),
     }
 
@@ -194,12 +221,13 @@ def boost_card(
     domain: Domain,
     config: TrainConfig,
     chunks: Chunks,
+    silent: Chunks | None,
     held_out: Chunks,
     measured: Measured,
     command: str,
 ) -> dict[str, Any]:
     """The card as a JSON object: what the boost is of, what it changed on which text, and how to make it again."""
-    files = (*domain.texts.train, *domain.texts.held_out, *domain.general)
+    files = (*domain.texts.train, *domain.texts.held_out, *domain.general, *domain.elsewhere)
     origins = read_origins(files)
     names: Sequence[str] = [name for name in measured.domain if name != "base"]
     assert boost.threshold is not None
@@ -219,8 +247,8 @@ def boost_card(
         "training": {
             **asdict(config), "prefixes": list(config.prefixes), "tokens_seen": config.steps * config.batch,
             "method": "arXiv 2507.12990: reads x, target x - base(x), BatchTopK with aux-k, then one threshold for "
-            "k latents per token of that text; no b_dec",
+            "k latents per token of that text; no b_dec; target 0 on as many tokens of the text elsewhere, if any",
         },
-        "data": data_of(chunks, origins),
+        "data": data_of(chunks, origins), "elsewhere": None if silent is None else data_of(silent, origins),
         **shared_facts(command, model_source(subject), read_attribution(files)),
     }  # fmt: skip
