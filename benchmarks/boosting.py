@@ -88,13 +88,13 @@ def stages(domain: str) -> Progress:
     return lambda stage, done, total, note: told.setdefault(stage, said(f"{domain}: {stage}"))(done, total)
 
 
-def kept(bench: Bench, name: str, key: Any, make: Callable[[], Mapping[str, SAE]]) -> dict[str, SAE]:
-    """SAEs from the cache, or made and put there; ``key`` is what they depend on."""
+def kept(bench: Bench, name: str, key: Any, make: Callable[[Path], Mapping[str, SAE]]) -> dict[str, SAE]:
+    """SAEs from the cache, or made and put there; ``key`` is what they depend on. ``make`` is told their folder."""
     said_key = json.dumps([bench.base.fingerprint(), key], sort_keys=True, default=str)
     folder = bench.folder / f"{name}-{sha256(said_key.encode()).hexdigest()[:12]}"
     if not (folder / "done").exists():
         console.print(f"fitting {name}")
-        for each, sae in make().items():
+        for each, sae in make(folder).items():
             save_sae(sae, folder / each)
         (folder / "done").write_text(said_key, encoding="utf-8")
     return {path.name: load_sae(path) for path in sorted(folder.iterdir()) if path.is_dir()}
@@ -106,12 +106,11 @@ def boost_of(bench: Bench, domain: str, stores: Mapping[str, ActivationStore], s
     config = bench.config(store, seed)
     tell = said(f"boost for {domain}, seed {seed}")
 
-    def make() -> dict[str, SAE]:
-        checkpoint = bench.folder / f"{domain}-{seed}-{config.steps}-{config.k}-{len(others)}.pt"
+    def make(folder: Path) -> dict[str, SAE]:
         return {"boost": fit_boost(
-            bench.base, store, config, name=f"{bench.base.name}/boosts/{domain}", domain=domain, checkpoint=checkpoint,
-            elsewhere=others, resume=True, progress=lambda p: tell(p.step, p.steps),
-            writing=said(f"errors on {domain}"),
+            bench.base, store, config, name=f"{bench.base.name}/boosts/{domain}", domain=domain,
+            checkpoint=folder / "checkpoint.pt", elsewhere=others, resume=True,
+            progress=lambda p: tell(p.step, p.steps), writing=said(f"errors on {domain}"),
         )}  # fmt: skip
 
     texts = [each.chunks.fingerprint() for each in (store, *others)]
@@ -123,7 +122,8 @@ def baselines_of(bench: Bench, domain: str, store: ActivationStore, seed: int) -
     config = bench.config(store, seed)
     steps = bench.options.tuning_steps
     fit = partial(fit_baselines, bench.base, store, config, tuning_steps=steps, progress=stages(domain))
-    return kept(bench, f"{domain}-baselines-seed{seed}", [asdict(config), steps, store.chunks.fingerprint()], fit)
+    key = [asdict(config), steps, store.chunks.fingerprint()]
+    return kept(bench, f"{domain}-baselines-seed{seed}", key, lambda _: fit())
 
 
 def evaluated(

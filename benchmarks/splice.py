@@ -130,8 +130,9 @@ def perplexities(loaded: LoadedModel, sae: SAE, texts: dict[str, Path], n_tokens
     for text, path in texts.items():
         chunks = read_corpus([path], loaded.tokenizer, n_tokens=n_tokens, seed=1)
         for name, plan in plans_of(sae).items():
-            console.print(f"{text} text, {name}: {chunks.n_tokens} tokens", style="dim")
-            found.setdefault(text, {})[name] = judge(loaded, plan, sae, chunks)
+            judged = judge(loaded, plan, sae, chunks)
+            found.setdefault(text, {})[name] = judged
+            console.print(f"{text} text, {name}: {judged.nats:.4f} nats, {judged.n_tokens} tokens", style="dim")
     return found
 
 

@@ -1,8 +1,7 @@
 """Topic alignment as IBM does it: every latent is scored for a topic, and modes steer by the scores in one batch.
 
 Beside the published modes, whose scores are weights from 0 to 1 and which drop the SAE's error, stand three that keep
-the error and take the centred score: latents nearer to the topic than texts in general weigh up to 7 times more, all
-others what they weighed.
+it and take the centred score: latents nearer to the topic than texts in general weigh up to 7 times as much.
 
 python examples/06_topic_alignment.py [medical | reviews] [prompts.jsonl[.gz]]
 

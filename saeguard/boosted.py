@@ -103,7 +103,7 @@ def _check(base: SAE, fingerprint: str, boost: SAE) -> None:
         )
     for what in ("site", "site_out", "model", "norm", "eps"):
         mine, other = getattr(base, what), getattr(boost, what)
-        if mine != other:
+        if mine != other and (what != "eps" or base.norm != "none"):
             raise _mismatch(
                 boost.name, f"on {base.name}", f"its {what} is {other}, the base's {mine}", "Give a boost of this base."
             )

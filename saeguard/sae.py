@@ -295,8 +295,9 @@ class SAE:
 
     @cached_property
     def key(self) -> str:
-        """Its identity among the SAEs of a plan: the same for two copies, different when any weight differs."""
-        return f"{self.name} {self.fingerprint()}"
+        """Its identity among the SAEs of a plan: the same for two copies, whatever they are called, different when any
+        weight differs."""
+        return self.fingerprint()
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights that are held and of what decides their meaning."""

@@ -182,7 +182,7 @@ def _load(plans: Sequence[Plan | None], saes: SAE | Iterable[SAE] | Mapping[str,
         for name, latents in wanted.items()
     }
     for (name, sae), (other, twin) in combinations(loaded.items(), 2):
-        if sae.key.removeprefix(sae.name) != twin.key.removeprefix(twin.name) and _is_one_dictionary(sae, twin):
+        if sae.key != twin.key and _is_one_dictionary(sae, twin):
             raise AmbiguousSAE(
                 f"rules on {name} and {other}",
                 "both are one SAE, read twice, and latents that both set could be edited twice",

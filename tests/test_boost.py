@@ -20,10 +20,10 @@ from saeguard import (
     load_sae,
 )
 from saeguard.cli import app
-from saeguard.errors import TrainError
+from saeguard.errors import SiteNotFound, TrainError, WidthMismatch, WrongModel
 from saeguard.latents import LatentTable
 from saeguard.training.activations import ActivationStore, Batches, write_activations
-from saeguard.training.boost import check_base, error_of, fit_batches, write_errors
+from saeguard.training.boost import check_base, error_of, fit_batches, fit_boost, write_errors
 from saeguard.training.boost_baselines import at_random, from_base, stitched
 from saeguard.training.boost_pipeline import Domain, boost_domain, fit_baselines
 from saeguard.training.corpus import Chunks
@@ -263,6 +263,51 @@ def test_interrupted_errors_go_on_at_the_missing_shard(collected: Any):
 
     assert again.path(0).stat().st_mtime_ns == kept
     assert torch.equal(again.read(1, site), lost)
+
+
+def test_damaged_shard_is_named(collected: Any):
+    _, _, _, store, _ = collected
+    errors = write_errors(tiny_sae(seed=3), store)
+    errors.path(0).write_bytes(errors.path(0).read_bytes()[:100])
+
+    with pytest.raises(TrainError, match=r"shard-00000\.safetensors: they cannot be read"):
+        errors.read(0, Site("resid_post", 1))
+
+
+def test_checkpoint_of_another_text_elsewhere_is_not_gone_on_from(collected: Any, tmp_path: Path):
+    _, _, _, store, _ = collected
+    other, base = replace(store, chunks=replace(store.chunks, ids=store.chunks.ids.flip(1))), tiny_sae()
+    other = write_activations(tiny_model(), other.chunks, [Site("resid_post", 1)], tmp_path / "b", rows_per_shard=32)
+    config = TrainConfig(d_sae=16, k=3.0, steps=2, batch=256)
+    options: dict[str, Any] = {"name": "boost", "domain": "cats", "checkpoint": tmp_path / "c.pt", "resume": True}
+    first = fit_boost(base, store, config, elsewhere=(store,), **options)
+
+    with pytest.raises(TrainError, match="of another text, model or base"):
+        fit_boost(base, store, config, elsewhere=(other,), **options)
+    again = fit_boost(base, store, config, elsewhere=(store,), **options)
+
+    assert again.fingerprint() == first.fingerprint()
+
+
+def test_base_of_another_model_is_refused_before_anything_is_trained(collected: Any, tmp_path: Path):
+    _, subject, texts, store, held_out = collected
+    config, cats = TrainConfig(d_sae=16, k=3.0, steps=2, batch=256), Domain("cats", texts)
+    strangers = {
+        WidthMismatch: tiny_sae(d_in=16),
+        WrongModel: replace(tiny_sae(), manifest={"model_shape": {"num_hidden_layers": 9}}),
+        SiteNotFound: tiny_sae(site=Site("resid_post", 77)),
+    }
+
+    for error, base in strangers.items():
+        with pytest.raises(error):
+            boost_domain(subject, base, cats, store, held_out, config, tmp_path / "out", command="saeguard boost")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "a+b", "a/b"])
+def test_domain_that_no_base_and_domain_could_name_is_refused(collected: Any, name: str):
+    with pytest.raises(TrainError, match=r"base\+domain"):
+        Domain(name, collected[2])
 
 
 def test_activations_without_the_site_of_the_base_are_refused(collected: Any):

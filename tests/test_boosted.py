@@ -125,6 +125,23 @@ def test_boosted_is_found_by_the_names_of_base_and_domains(tmp_path: Path):
     assert some.held == (45, 1)
 
 
+def test_plus_in_a_folder_above_does_not_part_base_and_domain(tmp_path: Path):
+    base = base_of_kind("relu")
+    save_sae(base, tmp_path / "x+y" / "base")
+    save_sae(boost_for(base, 6), tmp_path / "x+y" / "base" / "boosts" / "moths")
+
+    assert load_sae(f"{tmp_path}/x+y/base+moths").d_sae == 46
+
+
+def test_eps_of_a_base_without_a_norm_does_not_matter(tmp_path: Path):
+    """Files do not keep it, so a boost comes back with another one."""
+    base = replace(base_of_kind("relu"), eps=1e-6)
+    boost = load_sae(save_sae(boost_for(base, 6), tmp_path))
+
+    assert boost.eps != base.eps
+    assert Boosted(base, [boost]).d_sae == 46
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [

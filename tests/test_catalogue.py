@@ -187,3 +187,23 @@ def test_second_score_of_a_text_reads_it_from_the_cache(job, tmp_path, monkeypat
     again = compute(["dsg", "farrell"], kept)
 
     assert torch.equal(again.column("dsg").nan_to_num(9), first.column("dsg").nan_to_num(9))
+
+
+def test_checkpoint_of_other_weights_is_refused_whatever_the_models_are_called(job, tmp_path, monkeypatch):
+    """Numbers of two models were once joined to one column when a model's file changed between two tries."""
+    monkeypatch.setattr("saeguard.scoring.sweep.EVERY_S", 0.0)
+
+    def stop(stage, done, total):
+        if done > 1:
+            raise KeyboardInterrupt
+
+    for score in ("output_score", "causal_effect", "token_confidence_scaled"):
+        monkeypatch.setattr(f"saeguard.scoring.{MODULES.get(score, score)}.rows_at_once", lambda prefix, batch: 1)
+        asked = replace(job, folder=tmp_path, latents=range(48))
+        with pytest.raises(KeyboardInterrupt):
+            compute([score], replace(asked, progress=stop))
+        with pytest.raises(ScoreMismatch, match="it holds the beginning of other scores"):
+            compute([score], replace(asked, model=tiny.fresh_model(seed=1)))
+
+
+MODULES = {"output_score": "pushed", "token_confidence_scaled": "token_confidence"}

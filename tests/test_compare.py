@@ -13,7 +13,15 @@ from typer.testing import CliRunner
 
 from saeguard import SAE, Site
 from saeguard.cli import app
-from saeguard.errors import MissingExtra, NotSliceable, ScoreMismatch, UnsupportedFormat, WidthMismatch, WrongModel
+from saeguard.errors import (
+    BrokenFile,
+    MissingExtra,
+    NotSliceable,
+    ScoreMismatch,
+    UnsupportedFormat,
+    WidthMismatch,
+    WrongModel,
+)
 from saeguard.evaluating import overlap as overlap_module
 from saeguard.evaluating.overlap import Overlap, match, nearest, overlap
 from saeguard.evaluating.passes import Text
@@ -159,6 +167,15 @@ def test_other_site_of_the_same_width_is_compared_when_asked_for():
     found = overlap(with_rows(rows), replace(with_rows(rows), site=Site("resid_post", 2)), anyway=True)
 
     assert found.share_a == 1.0
+
+
+def test_dictionary_shares_all_with_itself_whatever_the_cosine_asked_for():
+    assert overlap(tiny_sae(), tiny_sae(), least=1.0).share_a == 1.0
+
+
+def test_decoder_that_is_not_a_number_is_named():
+    with pytest.raises(BrokenFile, match="W_dec holds NaN"):
+        overlap(tiny_sae(), replace(tiny_sae(), W_dec=torch.full((48, D), float("nan"))))
 
 
 def test_without_scipy_the_error_says_what_to_install(monkeypatch):

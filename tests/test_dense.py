@@ -473,3 +473,18 @@ def test_many_weights_are_summed_up_where_people_read(tmp_path: Path):
     assert "500 weights from 0 to 0.998" in str(plan.rules[0])
     assert "500 weights from 0 to 0.998" in shown
     assert "500 in all" in shown
+
+
+def test_one_sae_under_two_names_is_still_one():
+    """A copy with another name was once another SAE: what one rule set the other one set again."""
+    saes, model = [tiny.tiny_sae(), tiny.tiny_sae(name="copy")], tiny.tiny_model()
+    clash = (SWAP, Rule("copy", (7,), Clamp(1.0, when="always")))
+    twice = (Rule("tiny", (7,), Add(1.0)), Rule("copy", (7,), Add(2.0)))
+
+    for first, second in (clash, twice):
+        with pytest.raises(OverlappingRules), steer(model, Plan((first, second)), saes=saes):
+            pass
+        with steer(model, Plan((first,)), saes=saes):
+            model(IDS)
+            with pytest.raises(OverlappingRules), steer(model, Plan((second,)), saes=saes):
+                pass

@@ -271,6 +271,19 @@ def test_massive_tokens_are_counted_and_own_no_sum(every_word):
     assert found.whole.losses.with_linear == pytest.approx(found.whole.losses.plain, abs=0.5)
 
 
+def test_massive_tokens_can_be_left_out_of_a_sample(every_word):
+    model = fresh_model(seed=2)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] *= 200
+    passes = Passes(model, linear_sae(EYE))
+
+    every = passes.sample([every_word], 10_000)
+    some = passes.sample([every_word], 10_000, longest=passes.massive_from([every_word]))
+
+    assert (len(every), len(some)) == (every_word.n_tokens, every_word.n_tokens - 8)
+    assert some.norm(dim=-1).max() < 0.1 * every.norm(dim=-1).max()
+
+
 def test_token_on_which_alone_the_sae_is_wrong_is_listed_first(mirrored, every_word):
     word = words_of(mirrored)[9]
     exact = linear_sae(EYE)
@@ -443,6 +456,18 @@ def test_pursuit_refuses_what_has_no_whole_dictionary():
         gradient_pursuit(tiny_sae().narrow([3]), x, 2)
     with pytest.raises(UnsupportedFormat, match="transcoder"):
         gradient_pursuit(replace(tiny_sae(), site_out=Site("mlp_out", 1)), x, 2)
+    with pytest.raises(UnsupportedFormat, match="-1 is no number of latents"):
+        pursuit_curve(tiny_sae(), x, [3, -1])
+
+
+def test_no_latents_leave_everything_but_b_dec_unexplained():
+    sae, x = tiny_sae(), torch.randn(9, D, generator=torch.Generator().manual_seed(1))
+
+    (none,) = pursuit_curve(sae, x, [0]).points
+
+    expected = float((x - sae.b_dec).square().sum() / (x - x.mean(0)).square().sum())
+    assert none.pursuit == pytest.approx(expected, rel=1e-5)
+    assert none.encoder == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -501,6 +526,40 @@ def test_command_refuses_in_words(place):
 
     assert "give text to measure on" in " ".join(nothing.stderr.split())
     assert "write NAME=FILE" in " ".join(wrong.stderr.split())
+
+
+def test_command_pursues_typical_tokens_only(place, tmp_path):
+    model = fresh_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[4] *= 500
+    model.save_pretrained(tmp_path / "model")
+    words.word_tokenizer().save_pretrained(tmp_path / "model")
+    given = ("error", "--sae", place / "base", "--model", tmp_path / "model", "--text", place / "law.txt")
+
+    found = json.loads(run(*given, "--ce-rows", 0, "--pursuit", "--pursuit-tokens", 10_000, "--json").stdout)
+
+    whole = found["splits"][0]["whole"]
+    assert whole["n_massive"] > 0
+    assert found["pursuit"]["n_tokens"] == whole["n_tokens"]
+    assert found["pursuit"]["unexplained"] == pytest.approx(whole["unexplained"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["split.txt", "split", "folder.png"])
+def test_picture_that_cannot_be_written_is_refused_before_anything_is_measured(place, tmp_path, name):
+    (tmp_path / "folder.png").mkdir()
+
+    refused = run(*command(place, "--picture", tmp_path / name), status=2)
+
+    assert "no name of a PNG file" in " ".join(refused.stderr.split())
+    assert "measuring" not in refused.stderr
+
+
+def test_picture_of_saved_json_has_nothing_where_a_number_was_not_one(place, tmp_path):
+    document = json.loads(run(*command(place, "--json", "--ce-rows", 0, "--top", 3)).stdout)
+    for part in (document["splits"][0]["whole"], document["splits"][0]["texts"][0]):
+        part |= {"unexplained": None, "r2_error": None, "r2_norm": None}
+
+    assert write_error_picture(document, tmp_path / "nulls.png").stat().st_size > 1000
 
 
 def test_picture_without_matplotlib_says_what_to_install(place, tmp_path, monkeypatch):

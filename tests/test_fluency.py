@@ -83,3 +83,9 @@ def test_words_are_counted_whatever_their_case_and_signs():
     assert word_share("", ["moon"]) == 0.0
     assert distinct_pairs("a b a b a b") == pytest.approx(2 / 5)
     assert distinct_pairs("one") == 1.0
+
+
+def test_no_rows_have_no_nats():
+    assert continuation_nats(
+        tiny_model(), torch.zeros(0, 5, dtype=torch.long), torch.ones(0, 3, dtype=torch.long)
+    ).shape == (0,)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from saeguard import Add, Plan, Rule, steer
-from saeguard.errors import BrokenFile, UnsupportedFormat
+from saeguard.errors import BrokenFile, UnstableEdit, UnsupportedFormat
 from saeguard.evaluating.multiple_choice import Accuracy, Answers, Question, answer, read_questions
-from tests.tiny import ARCHITECTURES, tiny_model, tiny_sae
+from tests.tiny import ARCHITECTURES, fresh_model, tiny_model, tiny_sae
 from tests.words import word_tokenizer
 
 ASKED = (
@@ -91,13 +91,34 @@ def test_questions_are_read_and_drawn_evenly_by_topic(tmp_path):
     "row",
     ["{", "[]", '{"question": "q", "choices": ["a"], "gold": 0}', '{"question": "q", "choices": ["a", "b"], "gold": 2}',
      '{"question": "q", "choices": ["a", " "], "gold": 0}', '{"choices": ["a", "b"], "gold": 0}',
-     '{"question": "q", "choices": ["a", "b"], "gold": "0"}'],
+     '{"question": "q", "choices": ["a", "b"], "gold": "0"}', '{"question": "q", "choices": ["a", "b"], "gold": 1.0}',
+     '{"question": "q", "choices": ["a", "b"], "gold": true}', '{"question": "q", "choices": "abc", "gold": 0}',
+     '{"question": "q", "choices": ["a", null], "gold": 0}', '{"question": null, "choices": ["a", "b"], "gold": 0}',
+     '{"question": "q", "choices": ["a", "b"], "gold": 0, "topic": 3}',
+     '{"question": "\\ud800", "choices": ["a", "b"], "gold": 0}'],
 )  # fmt: skip
 def test_a_row_that_is_no_question_is_refused_by_name(tmp_path, row):
     (tmp_path / "bad.jsonl").write_text(row + "\n")
 
     with pytest.raises(BrokenFile):
         read_questions(tmp_path / "bad.jsonl")
+
+
+def test_rows_with_and_without_a_topic_go_together(tmp_path):
+    row = {"question": "q", "choices": ["a", "b"], "gold": 0}
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps(row | more) + "\n" for more in ({}, {"topic": None}, {"topic": "left"})))
+
+    assert [one.topic for one in read_questions(path)] == ["", "", "left"]
+
+
+def test_nan_is_no_wrong_answer():
+    model = fresh_model()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+
+    with pytest.raises(UnstableEdit, match="it is NaN"):
+        answer(model, word_tokenizer(), ASKED)
 
 
 def test_a_file_that_is_not_there_or_empty_is_refused(tmp_path):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from saeguard import SAE, Plan, Scale
 from saeguard.errors import BrokenFile, ScoreMismatch
@@ -15,7 +17,7 @@ from saeguard.scoring.select import Bound, select
 from saeguard.scoring.table import Meaning, ScoreTable, pick
 from tests.tiny import tiny_sae
 
-NAN = math.nan
+NAN, INF = math.nan, math.inf
 SMALL = tiny_sae(d_sae=6)
 MEANING, LOWER = Meaning("share", "made up"), Meaning("share", "made up", higher=False)
 
@@ -107,3 +109,30 @@ def _without_meaning(folder):
     table = replace(TABLE)
     object.__setattr__(table, "meanings", {})
     return table.save(folder / "bare.safetensors")
+
+
+def test_infinite_scores_are_ranked_bounded_and_written():
+    """A latent that fires on random tokens only has an infinite ratio; it once emptied selections and broke JSON."""
+    table = table_of(meaning=LOWER, a=[INF, INF, INF, 3, 1, NAN], b=[0, 1, -INF, 3, 4, 5])
+
+    worst = select(table, "b", top=9, bounds=(Bound("a", least=60, percentile=True),))
+    best = select(table, "b", top=9, bounds=(Bound("a", most=25, percentile=True),))
+
+    assert worst.latents == (2, 0, 1)
+    assert best.latents == (3, 4)
+    assert json.loads(worst.to_json())["scores"] == {"a": ["inf"] * 3, "b": ["-inf", 0.0, 1.0]}
+    assert select(table, "b", top=9, bounds=(Bound("b", most=50, percentile=True),)).latents == (2, 0, 1)
+
+
+DAMAGED = {"meanings": [], "provenance": ["a"], "schema": 2, "d_sae": "6"}
+
+
+@pytest.mark.parametrize("key", DAMAGED)
+def test_score_file_whose_facts_are_of_another_kind_is_refused(key, tmp_path):
+    path = TABLE.save(tmp_path / "scores.safetensors")
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["saeguard_scores"])
+    save_file(dict(TABLE.columns), path, metadata={"saeguard_scores": json.dumps(facts | {key: DAMAGED[key]})})
+
+    with pytest.raises(BrokenFile, match="Score again"):
+        ScoreTable.load(path)

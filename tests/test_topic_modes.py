@@ -117,6 +117,15 @@ BAD: dict[str, Any] = {
     "reconstruction and its error": ({"mode": "sae", "keep_error": True}, BadRule, "the stream as it is"),
     "a rank where nothing ranks": ({"mode": "clamp", "top_k": 3}, BadRule, "ranks nothing"),
     "no latents to clamp": ({"mode": "clamp", "top": 0}, BadRule, "no count of latents"),
+    "half a latent": ({"mode": "clamp", "top": 2.5}, BadRule, "no count of latents"),
+    "no scores to clamp by": ({"mode": "clamp", "column": "silent"}, ScoreMismatch, "no latent has that score"),
+    "no scores to weigh by": ({"mode": "swap", "column": "silent"}, ScoreMismatch, "no latent has that score"),
+    "an infinite score": ({"mode": "weight", "column": "infinite"}, BadRule, "inf is not a finite number"),
+    "distances as weights": (
+        {"mode": "weight", "column": "distance"},
+        ScoreMismatch,
+        "its lower numbers are the better",
+    ),
     "unknown score": ({"mode": "swap", "column": "tone"}, ScoreMismatch, "tone"),
 }
 
@@ -126,8 +135,16 @@ BAD: dict[str, Any] = {
 def test_modes_that_make_no_sense_are_refused(name):
     options, error, message = BAD[name]
 
+    sae = PUBLISHED["topk"]
+    columns = {
+        "silent": torch.full((48,), torch.nan),
+        "infinite": torch.tensor([torch.inf] * 48),
+        "distance": torch.ones(48),
+    }
+    odd = {name: (column, Meaning("made up", "here", higher=name != "distance")) for name, column in columns.items()}
+
     with pytest.raises(error, match=message):
-        topic_rules(score_table(PUBLISHED["topk"]), **options)
+        topic_rules(score_table(sae).join(ScoreTable.of(sae, odd)), **options)
 
 
 def test_rules_of_a_mode_carry_the_tokens_that_they_are_about():

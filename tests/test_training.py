@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
+from saeguard.cli.training import steps_of
 from saeguard.errors import MissingBOS, TrainError, UnsupportedModel
 from saeguard.loaders import load_sae
 from saeguard.sae import SAE
@@ -22,7 +23,7 @@ from saeguard.training.describe import Words, describe_latents, label_of
 from saeguard.training.evaluate import evaluate_sae, reconstruction
 from saeguard.training.pipeline import Subject, Texts, collect, finish_site, read_texts, train_site
 from saeguard.training.trainer import TrainConfig, TrainState, export, geometric_median, train
-from tests.tiny import VOCAB, D, tiny_model, tiny_sae
+from tests.tiny import VOCAB, D, fresh_model, tiny_model, tiny_sae
 
 SITE = Site("resid_post", 1)
 
@@ -132,6 +133,38 @@ def test_resume_with_other_hyper_parameters_names_them(tmp_path: Path):
         train(Planted(), replace(config, lr=0.5, k=4.0), checkpoint=tmp_path / "c.pt", resume=True)
 
     assert "other values of k, lr" in raised.value.found
+
+
+def test_resume_on_other_activations_is_refused(tmp_path: Path):
+    config = replace(SMALL, steps=4)
+    train(Planted(), config, checkpoint=tmp_path / "c.pt", made_of="one text")
+
+    for other in ("another text", None):
+        with pytest.raises(TrainError, match="trained on other activations"):
+            train(Planted(), config, checkpoint=tmp_path / "c.pt", resume=True, made_of=other)
+    assert train(Planted(), config, checkpoint=tmp_path / "c.pt", resume=True, made_of="one text").step == 4
+
+
+@pytest.mark.parametrize("lr", [0.0, -1e-3, float("nan"), float("inf")])
+def test_learning_rate_that_is_none_is_refused(lr: float):
+    with pytest.raises(TrainError, match="peak learning rate"):
+        TrainConfig(lr=lr)
+
+
+@pytest.mark.parametrize("epochs", [0.0, -1.0, float("nan"), float("inf")])
+def test_epochs_that_are_no_number_of_passes_are_refused(epochs: float):
+    with pytest.raises(TrainError, match="epochs"):
+        steps_of(epochs, 10)
+    assert (steps_of(0.01, 10), steps_of(2.5, 10)) == (1, 25)
+
+
+def test_reader_that_cannot_be_entered_leaves_no_hook():
+    model = fresh_model()
+
+    with pytest.raises(TrainError, match=r"activations at resid_post\.77"):
+        Reader(model, [Site("resid_post", 1), Site("resid_post", 77)]).__enter__()
+
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_broken_checkpoint_is_named_as_such(tmp_path: Path):

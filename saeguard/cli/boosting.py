@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from saeguard.cli.training import expand, progress_bars
+from saeguard.cli.training import expand, progress_bars, steps_of
 
 
 def boost(
@@ -47,7 +47,7 @@ def boost(
     from saeguard.loaders import load_sae
     from saeguard.models import load_model
     from saeguard.training.activations import Batches
-    from saeguard.training.boost import check_base
+    from saeguard.training.boost import check_subject
     from saeguard.training.boost_pipeline import Domain, boost_domain, collect_elsewhere
     from saeguard.training.pipeline import Subject, Texts, collect, read_texts
     from saeguard.training.trainer import TrainConfig
@@ -58,21 +58,18 @@ def boost(
     command = "saeguard " + shlex.join(sys.argv[1:])
     with progress_bars(shown=not as_json) as progress:
         sae = load_sae(base)
-        site = check_base(sae)
         loaded = load_model(model or sae.model or "smollm2-135m-instruct")
+        site = check_subject(sae, loaded.model)
         subject = Subject(Path(model or sae.model or "").name, loaded.model, loaded.tokenizer)
         chunks, held_out = read_texts(texts, subject.tokenizer)
         store = collect(subject, chunks, [site], out, compiled=compiled, progress=progress)
         others = collect_elsewhere(subject, sae, told, chunks.n_tokens, out, compiled=compiled, progress=progress)
-        n_steps = steps or max(1, round(epochs * Batches(store, site, batch=batch, seed=seed).steps_per_epoch))
+        n_steps = steps or steps_of(epochs, Batches(store, site, batch=batch, seed=seed).steps_per_epoch)
         config = TrainConfig(d_sae=latents, k=k, steps=n_steps, batch=batch, lr=lr, seed=seed,
                              warmup=min(100, n_steps // 10))  # fmt: skip
         card = boost_domain(subject, sae, told, store, held_out, config, out, command=command, elsewhere=others,
                             baselines=baselines, resume=resume, progress=progress)  # fmt: skip
-    if as_json:
-        typer.echo(json.dumps(card, indent=1, ensure_ascii=False))
-        return
-    typer.echo(summary(card, out))
+    typer.echo(json.dumps(card, indent=1, ensure_ascii=False) if as_json else summary(card, out))
 
 
 def summary(card: dict, out: Path) -> str:

@@ -1,8 +1,10 @@
 """How the command speaks: results on standard output, all else on standard error, errors in one red line."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,8 +30,17 @@ class Commands(TyperGroup):
         except SaeguardError as error:
             if ctx.params.get("debug"):
                 raise
-            err().print(f"[bold red]error[/] {escape(type(error).__name__)}: {escape(str(error))}", soft_wrap=True)
+            _tell(error)
             raise typer.Exit(EXIT_ERROR) from error
+        except OSError as error:  # a folder that cannot be made, a disk that is full
+            if ctx.params.get("debug") or error.filename is None:
+                raise
+            _tell(error)
+            raise typer.Exit(EXIT_ERROR) from error
+
+
+def _tell(error: Exception) -> None:
+    err().print(f"[bold red]error[/] {escape(type(error).__name__)}: {escape(str(error))}", soft_wrap=True)
 
 
 def out() -> Console:
@@ -45,6 +56,20 @@ def err() -> Console:
 def write_json(document: Any) -> None:
     """One JSON document on standard output; a string is taken as JSON already."""
     typer.echo(document if isinstance(document, str) else json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def check_target(target: Path | None, option: str = "--out") -> None:
+    """Refuse a file that could not be written, before any work; its folder is made."""
+    if target is None:
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{option} {target}: its folder cannot be made ({error})") from error
+    if target.is_dir():
+        raise typer.BadParameter(f"{option} {target}: that is a folder, name a file in it")
+    if not os.access(target.parent, os.W_OK):
+        raise typer.BadParameter(f"{option} {target}: nothing can be written in its folder")
 
 
 @contextmanager

@@ -9,6 +9,11 @@ import typer
 
 from saeguard.cli.texts import documents_of, read_questions, token_rows
 
+NOT_TEXTS = frozenset({
+    "aligned", "opposed", "reference", "questions", "labels", "groups", "embedder", "profile", "latents", "keep",
+})  # fmt: skip
+"""Needs of scores that are no token rows, so that ``--text`` cannot give them."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -63,6 +68,11 @@ def make_job(asked: Asked, tell: Any) -> Any:
 def _check_used(asked: Asked, needs: set[str]) -> None:
     from saeguard.scoring.catalogue import STANDS_IN
 
+    misplaced = sorted(set(asked.texts) & NOT_TEXTS)
+    if misplaced:
+        raise typer.BadParameter(f"--text {misplaced[0]}=FILE: {misplaced[0]} is no text that scores are taken over")
+    if not all(text.strip() for text in asked.about):
+        raise typer.BadParameter("--about is empty: say the topic in words")
     wanted = needs | {STANDS_IN[need] for need in needs & set(STANDS_IN)}
     wanted |= {"opposed"} if "reference" in needs else set()
     given = {*asked.texts, *asked.documents, *(["questions"] if asked.questions else [])}
@@ -90,6 +100,7 @@ def _latents(asked: Asked, sae: Any) -> list[int] | None:
 def _with_topics(job: Any, asked: Asked, needs: set[str]) -> Any:
     """The job with what topic scores need: aligned, opposed and reference texts, embedder, profile, labels."""
     from saeguard.cli.profiles import make_embedder
+    from saeguard.errors import ScoreMismatch
     from saeguard.latents import LatentTable
     from saeguard.scoring.labels import labels_of, read_labels
     from saeguard.scoring.texts import Texts
@@ -97,6 +108,11 @@ def _with_topics(job: Any, asked: Asked, needs: set[str]) -> Any:
     from saeguard.scoring.topic_profile import TopicProfile, draw_passages
 
     found = {role: documents_of(files, job.tokenizer) for role, files in asked.documents.items()}
+    for role, files in found.items():
+        if not any(files.values()):
+            raise ScoreMismatch(
+                f"texts for --{role} in {', '.join(files)}", "there is no document in them", "Give texts with words."
+            )
     plain = {role: passages([text for texts in found.get(role, {}).values() for text in texts])
              for role in ("aligned", "opposed")}  # fmt: skip
     documents = {**plain, "aligned": [*asked.about, *plain["aligned"]]}
@@ -123,7 +139,9 @@ def _groups(path: Path, tokenizer: Any) -> dict[str, list[int]]:
 
     try:
         given = strict_json.parse(path.read_text(encoding="utf-8"))
-        groups = {str(name): [str(word) for word in words] for name, words in given.items()}
+        groups = {name: [*words] for name, words in given.items()}
+        if not all(isinstance(words, list) and all(isinstance(w, str) for w in words) for words in given.values()):
+            raise TypeError("a group is a list of words")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ScoreMismatch(
             f"groups of words in {path}", f"they cannot be read ({error})", 'Write {"group": ["word", "words"]}.'

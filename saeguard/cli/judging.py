@@ -20,7 +20,7 @@ Domains = Annotated[
 Model = Annotated[str, typer.Option(help="A demo model's name, or the folder of a model.")]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of each domain at most.")]
 Rows = Annotated[int, typer.Option("--ce-rows", min=0, help="Token rows of each domain for cross-entropy; 0: none.")]
-Seed = Annotated[int, typer.Option(help="Seed of what is drawn from the files.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of what is drawn from the files.")]
 DEMO = "smollm2-135m-instruct"
 PURSUED_AT = (1, 2, 4, 8, 16, 32)
 """Latents per token on the curve of --pursuit, beside the SAE's own L0."""
@@ -53,6 +53,10 @@ def error(
     from saeguard.evaluating.passes import Passes
     from saeguard.evaluating.pursuit import pursuit_curve
 
+    if picture is not None:  # before it is measured, not after
+        from saeguard.drawing.error_picture import check_drawable
+
+        check_drawable(picture)
     with bars(shown=not as_json) as progress:
         saes, loaded, texts = _load(sae, boost or [], model, _domains(text, domain), tokens, seed)
         splits = []
@@ -66,7 +70,8 @@ def error(
         if pursuit:
             passes = Passes(loaded.model, list(saes.values())[-1])
             at = (*PURSUED_AT, max(round(splits[-1]["whole"]["l0"]), 1))
-            x = passes.sample([half.split(fit_share)[1] for half in texts], pursuit_tokens)
+            fitted, measured = zip(*(one.split(fit_share) for one in texts), strict=True)
+            x = passes.sample(measured, pursuit_tokens, longest=passes.massive_from(fitted))
             curve = asdict(pursuit_curve(passes.sae, x, at))
     document = {"splits": splits, "pursuit": curve}
     if picture is not None:

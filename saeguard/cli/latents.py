@@ -93,6 +93,8 @@ def search(
 
     Labels and topics are compared by sentence embeddings; the embedder (90 MB) is fetched once.
     """
+    if not text.strip():
+        raise typer.BadParameter("there is nothing to search for: give words")
     source = sae or default_sae()
     found = {}
     if by in (By.words, By.all):

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from saeguard.cli.console import Json, out, write_json
+from saeguard.cli.console import Json, check_target, out, write_json
 from saeguard.cli.latents import Source, default_sae
-from saeguard.cli.reading import DEMO, Model
+from saeguard.cli.reading import DEMO, Model, Seed
 
 
 def profile(
@@ -17,7 +17,7 @@ def profile(
     model: Model = DEMO,
     texts: Annotated[int, typer.Option(min=1, help="Passages to draw, evenly from the files.")] = 6000,
     words: Annotated[int, typer.Option(min=8, max=150, help="Words of a passage, at most.")] = 60,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    seed: Seed = 0,
     embedder: Annotated[
         str, typer.Option(help="A folder or a sentence-transformers name; the default is all-MiniLM-L6-v2.")
     ] = "",
@@ -37,6 +37,7 @@ def profile(
     from saeguard.scoring.texts import Texts
     from saeguard.scoring.topic_profile import draw_passages, topic_profile
 
+    check_target(target)
     store = Cache(cache) if cache is not None else Cache.default()
     with progress_bars(shown=not as_json) as bars:
         source = sae or default_sae()

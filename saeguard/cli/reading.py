@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from saeguard.cli.console import Json, out, progress, write_json
+from saeguard.cli.console import Json, check_target, out, progress, write_json
 from saeguard.cli.latents import Source, default_sae, latent_numbers
 
 Corpus = Annotated[
@@ -16,7 +16,7 @@ Corpus = Annotated[
 SelfWritten = Annotated[bool, typer.Option("--self-written", help="Let the model write the text.")]
 Model = Annotated[str, typer.Option(help="A demo model's name, or the folder of a model.")]
 Budget = Annotated[int, typer.Option("--tokens", min=64, help="Tokens to read at most, or to write.")]
-Seed = Annotated[int, typer.Option(help="Seed of the sample, or of what the model writes.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all that is drawn or written.")]
 DEMO = "smollm2-135m-instruct"
 
 
@@ -103,6 +103,7 @@ def label(
         raise typer.BadParameter("give either --corpus FILE or --self-written")
     if bool(explainer) != bool(explainer_model):
         raise typer.BadParameter("--explainer and --explainer-model go together")
+    check_target(target)
     from saeguard.cli.training import progress_bars
     from saeguard.loaders import load_sae
     from saeguard.models import load_model

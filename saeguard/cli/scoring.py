@@ -1,16 +1,15 @@
 """``saeguard score``: numbers per latent by which to choose them, named and joined in one file."""
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from saeguard.cli.console import Json, out, table, write_json
+from saeguard.cli.console import Json, check_target, out, table, write_json
 from saeguard.cli.jobs import Asked, make_job
 from saeguard.cli.latents import Source, default_sae, labels_for, latent_numbers
-from saeguard.cli.reading import DEMO, Model
-from saeguard.cli.texts import named_files
+from saeguard.cli.reading import DEMO, Model, Seed
+from saeguard.cli.texts import merged, named_files
 from saeguard.cli.training import progress_bars
 
 Files = list[str] | None
@@ -42,7 +41,7 @@ def score(
     latents: Annotated[str, typer.Option(help="Only these, where latents are gone through: 12,87.")] = "",
     sample: Annotated[int, typer.Option(min=0, help="Only so many, drawn by --seed.")] = 0,
     keep: Annotated[int | None, typer.Option("--top-k", min=1, help="g-SAE's k where the SAE has none.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of all that is drawn.")] = 0,
+    seed: Seed = 0,
     cache: Annotated[Path | None, typer.Option(help="Folder of computed numbers: a second score is free.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder of unfinished work; beside --out otherwise.")] = None,
     embedder: Annotated[str, typer.Option(help="A folder or name; the default is all-MiniLM-L6-v2.")] = "",
@@ -56,9 +55,10 @@ def score(
     if listing:
         _list(as_json)
         return
+    check_target(target)
     asked = Asked(
         names=_names(scores or [], sets or []), sae=sae or default_sae(), model=model, questions=questions or [],
-        texts={**named_files(text or []), **_roles(forget=forget, retain=retain)},
+        texts=merged(named_files(text or []), _roles(forget=forget, retain=retain)),
         documents=_roles(aligned=aligned, opposed=opposed, reference=reference), about=about or [], labels=labels,
         groups=groups, tokens=tokens, passages=passages, ask=ask, latents=latent_numbers(latents) if latents else None,
         sample=sample, prefixes=prefix, keep=keep, seed=seed, cache=cache, embedder=embedder,
@@ -127,10 +127,12 @@ def _list(as_json: bool) -> None:
 
 
 def _document(made: Any, joined: Any, target: Path | None) -> dict[str, Any]:
+    from saeguard.scoring.table import as_json
+
     columns = {
         name: {"unit": made.meanings[name].unit, "source": made.meanings[name].source,
                "higher": made.meanings[name].higher, "provenance": dict(made.provenance[name]),
-               "values": [None if math.isnan(value) else value for value in column.tolist()]}
+               "values": [as_json(value) for value in column.tolist()]}
         for name, column in made.columns.items()
     }  # fmt: skip
     return {"sae": made.sae, "sae_fingerprint": made.sae_fingerprint, "columns": columns,

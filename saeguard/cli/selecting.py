@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saeguard.cli.console import Json, out, table, write_json
+from saeguard.cli.console import Json, check_target, out, table, write_json
 from saeguard.cli.latents import Labels, labels_for
 from saeguard.cli.steering import AMOUNTS, Phase, Unit, When, make_op
 
@@ -46,6 +46,7 @@ def select(
         raise typer.BadParameter("--out writes a plan, which needs --op, such as --op at_least --value 1 --unit max")
     if value is not None and not op:
         raise typer.BadParameter("--value needs --op")
+    check_target(target)
     from saeguard.scoring.select import select as choose
     from saeguard.scoring.table import ScoreTable
 
@@ -103,7 +104,6 @@ def _firsts(given: list[str]) -> dict[str, int]:
 def _write(plan: Any, chosen: Any, target: Path) -> list[str]:
     """The plan, and the selection with its provenance beside it."""
     origin = target.with_name(f"{target.stem}.selection.json")
-    target.parent.mkdir(parents=True, exist_ok=True)
     plan.save(target)
     origin.write_text(chosen.to_json() + "\n", encoding="utf-8")
     return [str(target), str(origin)]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saeguard.cli.console import Json, out, progress, table, write_json
+from saeguard.cli.console import Json, check_target, out, progress, table, write_json
 from saeguard.cli.latents import Labels, Source, default_sae, labels_for, tokens
 from saeguard.cli.reading import DEMO, Budget, Corpus, Model, Seed, SelfWritten, read_or_write, show_contexts
 
@@ -35,6 +35,7 @@ def show(
         raise typer.BadParameter("give either --corpus FILE or --self-written")
     if picture is not None and not (corpus or self_written):
         raise typer.BadParameter("--picture draws activations on text: give --corpus FILE or --self-written")
+    check_target(picture, "--picture")
     source = sae or default_sae()
     told: dict[str, Any] = {"sae": source, **_row(source, latent, needed=not (scores or corpus or self_written))}
     if labels is not None:
@@ -53,7 +54,10 @@ def show(
         return
     out().print(table(f"latent {latent} of {source}", ("", ""), _pairs(told)))
     for name, each in told.get("scores", {}).items():
-        rows = [(column, f"{value:.4g}" if value is not None else "-", unit) for column, (value, unit) in each.items()]
+        rows = [
+            (column, f"{value:.4g}" if isinstance(value, float) else value or "-", unit)
+            for column, (value, unit) in each.items()
+        ]
         out().print(table(f"scores in {name}", ("score", "value", "unit"), rows, right=(1,)))
     if found is not None:
         out().print(f"[bold]hardest of {told['text']['n_tokens']:,} tokens")
@@ -75,13 +79,11 @@ def _row(source: str, latent: int, *, needed: bool) -> dict[str, Any]:
         return {"latent": latent}
 
 
-def _scores(source: str, latent: int, files: list[Path]) -> dict[str, dict[str, tuple[float | None, str]]]:
+def _scores(source: str, latent: int, files: list[Path]) -> dict[str, dict[str, tuple[float | str | None, str]]]:
     """Per file the latent's value in every column, and its unit. Raises `ScoreMismatch` for another SAE's scores."""
-    import math
-
     from saeguard.errors import ScoreMismatch
     from saeguard.loaders import load_sae
-    from saeguard.scoring.table import ScoreTable
+    from saeguard.scoring.table import ScoreTable, as_json
 
     sae = load_sae(source)
     sae.check_latents([latent])
@@ -93,9 +95,9 @@ def _scores(source: str, latent: int, files: list[Path]) -> dict[str, dict[str, 
                 f"scores in {path.name} of latent {latent} of {sae.name}",
                 f"they are of {scores.sae}, whose weights differ", "Score this SAE.",
             )  # fmt: skip
-        found[path.name] = {
-            name: (None if math.isnan(value) else value, scores.meanings[name].unit)
-            for name, value in scores.row(latent).items()
+        name = path.name if path.name not in found else str(path)
+        found[name] = {
+            column: (as_json(value), scores.meanings[column].unit) for column, value in scores.row(latent).items()
         }
     return found
 

@@ -30,6 +30,12 @@ def named_files(given: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+def merged(*given: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The files of each name, in the order in which they were given."""
+    names = dict.fromkeys(name for files in given for name in files)
+    return {name: [file for files in given for file in files.get(name, ())] for name in names}
+
+
 def token_rows(
     files: Mapping[str, Sequence[str]], tokenizer: Any, sae: Any, *, n_tokens: int, seed: int
 ) -> dict[str, Any]:
@@ -89,7 +95,7 @@ def read_questions(patterns: Sequence[str], tokenizer: Any, sae: Any, *, most: i
         row = rows[number]
         several = [f" {choice}" for choice in row["choices"]]
         firsts = [tuple(tokenizer(choice, add_special_tokens=False)["input_ids"][:1]) for choice in several]
-        if not 0 <= row["gold"] < len(firsts) or firsts.count(firsts[row["gold"]]) > 1:
+        if firsts.count(firsts[row["gold"]]) > 1:
             passed += 1
             continue
         prompts.append(f"Question: {row['question']}\nAnswer:")
@@ -118,9 +124,7 @@ def _rows(pattern: str) -> list[dict[str, Any]]:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
                 rows = [json.loads(line) for line in lines if line.strip()]
             for row in rows:
-                wrong = [key for key in ("question", "choices", "gold") if key not in row]
-                if wrong:
-                    raise ValueError(f"a row has no {' and no '.join(wrong)}")
+                _check_row(row)
             found += rows
         except (ValueError, TypeError, OSError, EOFError) as error:
             raise TrainError(
@@ -128,6 +132,19 @@ def _rows(pattern: str) -> list[dict[str, Any]]:
                 "Give JSON lines with question, choices and gold.",
             ) from error  # fmt: skip
     return found
+
+
+def _check_row(row: Any) -> None:
+    if not isinstance(row, dict):
+        raise TypeError("a row is no JSON object")
+    missing = [key for key in ("question", "choices", "gold") if key not in row]
+    if missing:
+        raise ValueError(f"a row has no {' and no '.join(missing)}")
+    question, choices, gold = row["question"], row["choices"], row["gold"]
+    if not isinstance(question, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        raise TypeError("question is a text, and choices a list of texts")
+    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise ValueError(f"gold is {gold!r}, and choices are counted from 0 to {len(choices) - 1}")
 
 
 def names_of(files: Sequence[str | Path]) -> list[str]:

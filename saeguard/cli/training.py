@@ -2,6 +2,7 @@
 
 import glob
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -57,8 +58,8 @@ def train(
         cards = []
         for site in sites:
             per_epoch = Batches(store, site, batch=batch, seed=seed).steps_per_epoch
-            config = TrainConfig(d_sae=d_sae, k=k, steps=steps or max(1, round(epochs * per_epoch)), batch=batch,
-                                 lr=lr, seed=seed, prefixes=sizes(matryoshka))  # fmt: skip
+            config = TrainConfig(d_sae=d_sae, k=k, steps=steps or steps_of(epochs, per_epoch), batch=batch, lr=lr,
+                                 seed=seed, prefixes=sizes(matryoshka))  # fmt: skip
             state = train_site(store, site, config, out, resume=resume, progress=progress)
             cards.append(finish_site(subject, store, held_out, state, site=site, config=config, texts=texts, out=out,
                                      command=command, progress=progress))  # fmt: skip
@@ -81,6 +82,13 @@ def expand(patterns: list[str]) -> tuple[Path, ...]:
             raise TrainError(f"text from {pattern}", "no file is there", "Check the path; quote a pattern.")
         found |= dict.fromkeys(map(Path, matches))
     return tuple(found)
+
+
+def steps_of(epochs: float, per_epoch: int) -> int:
+    """Optimiser steps for so many passes over the text, at least one. Raises `TrainError`."""
+    if not 0 < epochs < math.inf:
+        raise TrainError(f"training for {epochs} epochs", "that is no number above 0", "Give one such as 2.")
+    return max(1, round(epochs * per_epoch))
 
 
 def sizes(text: str) -> tuple[int, ...]:

@@ -3,11 +3,13 @@
 It draws the JSON that ``saeguard error`` writes, so a picture can be made of a saved one.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saeguard.drawing.picture import EDIT, HEAT, INK, SOFT, matplotlib_classes
+from saeguard.errors import UnsupportedFormat
 
 LINEAR, NONLINEAR = HEAT[1], HEAT[3]
 BOOST_ALPHA = (1.0, 0.55)
@@ -17,9 +19,18 @@ MOST_TOKENS = 12
 PARTS = (("sae", "SAE(x)"), ("with_linear", "+ linear part"), ("with_nonlinear", "+ nonlinear part"))
 
 
+def check_drawable(path: str | Path) -> None:
+    """Raise what `write_error_picture` would: `MissingExtra` without matplotlib, `UnsupportedFormat` for no PNG."""
+    matplotlib_classes()
+    if Path(path).suffix.lower() != ".png" or Path(path).is_dir():
+        raise UnsupportedFormat(f"a picture in {path}", "that is no name of a PNG file", "Write one such as error.png.")
+
+
 def write_error_picture(document: Mapping[str, Any], path: str | Path) -> Path:
-    """Write the PNG to ``path``, making its folder. Raises `MissingExtra` without matplotlib."""
+    """Write the PNG to ``path``, making its folder. Raises what `check_drawable` raises."""
+    check_drawable(path)
     figure_class, canvas_class, _ = matplotlib_classes()
+    document = _numbers(document)
     splits = document["splits"]
     n_bars = (len(splits[0]["texts"]) + 1) * len(splits)
     height = max(2.2 + ROW_IN * n_bars, 6.4)
@@ -46,6 +57,15 @@ def write_error_picture(document: Mapping[str, Any], path: str | Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=DPI)
     return target
+
+
+def _numbers(value: Any, name: str = "") -> Any:
+    """The document with NaN again where JSON has null; without losses or a curve there are none to draw."""
+    if isinstance(value, Mapping):
+        return {key: _numbers(inner, key) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(inner) for inner in value]
+    return math.nan if value is None and name not in ("losses", "pursuit") else value
 
 
 def _shares(axes: Any, splits: Sequence[Mapping[str, Any]]) -> None:

@@ -58,7 +58,7 @@ def write_histogram(
     figure.text(0.02, 0.875, told, size=9.5, color=SOFT, va="center")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=DPI)
+    figure.savefig(target, dpi=DPI, format="png")
     return target
 
 

@@ -56,7 +56,7 @@ def continuation_nats(
         nats = -logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
         kept = counts[rows]
         found.append(nats.masked_fill(~kept, 0.0).sum(1) / kept.sum(1))
-    return torch.cat(found)
+    return torch.cat(found) if found else torch.zeros(0)
 
 
 def perplexity_ratio(steered: Float[Tensor, " row"], plain: Float[Tensor, " row"]) -> float:

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from saeguard.errors import BrokenFile, UnsupportedFormat
+from saeguard.errors import BrokenFile, UnstableEdit, UnsupportedFormat
 
 Reading = Literal["sum", "bytes", "pmi"]
 BATCH = 16
@@ -103,7 +103,7 @@ def read_questions(
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
             for row in map(json.loads, lines):
-                one = Question(str(row["question"]), tuple(map(str, row["choices"])), row["gold"], row.get("topic", ""))
+                one = _question(row)
                 if not topics or one.topic in topics:
                     found.setdefault(one.topic, []).append(one)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
@@ -123,6 +123,18 @@ def read_questions(
     return drawn
 
 
+def _question(row: Any) -> Question:
+    """Raises `TypeError` for values of another kind, which would make a question, but not the one that was meant."""
+    question, choices, gold, topic = row["question"], row["choices"], row["gold"], row.get("topic") or ""
+    if type(choices) is not list or type(gold) is not int:
+        raise TypeError(f"choices {choices!r:.60} and gold {gold!r:.60} are not a list and a whole number")
+    wrong = [text for text in (question, topic, *choices) if not isinstance(text, str)]
+    if wrong:
+        raise TypeError(f"{wrong[0]!r:.60} is no text")
+    "".join((question, topic, *choices)).encode()  # half a surrogate pair is no text either
+    return Question(question, tuple(choices), gold, topic)
+
+
 def answer(
     model: nn.Module,
     tokenizer: Any,
@@ -133,7 +145,8 @@ def answer(
 ) -> Answers:
     """Every choice's log-likelihood on the model as it is now: plain, or under the plan of the block around it.
 
-    Neither batch size nor padding changes a number beyond float32 rounding.
+    Neither batch size nor padding changes a number beyond float32 rounding. Raises `UnstableEdit` for NaN, which would
+    count as a wrong answer.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -171,6 +184,11 @@ def _log_likelihoods(
             counts[line, len(front) : len(front) + len(back)] = 1
         for i, total in zip(some, _sums(model, ids.to(device), mask.to(device), counts[:, 1:]), strict=True):
             found[i] = total
+        if any(math.isnan(found[i]) for i in some):
+            raise UnstableEdit(
+                f"the log-likelihood of answers under {type(model).__name__}", "it is NaN",
+                "Weaken the plan around the call, or run the model in float32 or bfloat16.",
+            )  # fmt: skip
         if progress is not None:
             progress(min(low + batch_rows, len(order)), len(order))
     return found

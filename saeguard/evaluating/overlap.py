@@ -17,13 +17,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saeguard.errors import MissingExtra, NotSliceable, WidthMismatch, WrongModel
+from saeguard.errors import BrokenFile, MissingExtra, NotSliceable, WidthMismatch, WrongModel
 from saeguard.sae import SAE
 
 LEAST = 0.7
 WHOLE = 2**26
 """Pairs of which all cosines are held at once: 0.8 GB."""
 CANDIDATES = 32
+ROUNDING = 1e-5
+"""By which float32 may put the cosine of a row with itself below 1."""
 CHUNK = 2**25
 """Cosines that are computed at a time."""
 
@@ -64,8 +66,8 @@ class Overlap:
 def overlap(a: SAE, b: SAE, *, least: float = LEAST, anyway: bool = False) -> Overlap:
     """What ``a`` and ``b`` have in common. ``anyway`` compares SAEs of different sites or models too.
 
-    Raises `WidthMismatch`, `WrongModel` for other sites or models, `NotSliceable` for SAEs read in part, and
-    `MissingExtra`.
+    Raises `WidthMismatch`, `WrongModel` for other sites or models, `NotSliceable` for SAEs read in part, `BrokenFile`
+    for NaN, and `MissingExtra`.
     """
     check_comparable(a, b, anyway=anyway)
     rows_a, rows_b = _unit(a), _unit(b)
@@ -73,7 +75,7 @@ def overlap(a: SAE, b: SAE, *, least: float = LEAST, anyway: bool = False) -> Ov
     found = match(rows_a, rows_b, candidates=candidates)
     nearest_a, nearest_b = nearest(rows_a, rows_b)
     return Overlap(
-        len(rows_a), len(rows_b), int((found.cosine >= least).sum()), least, float(nearest_a.mean()),
+        len(rows_a), len(rows_b), int((found.cosine >= least - ROUNDING).sum()), least, float(nearest_a.mean()),
         float(nearest_b.mean()), candidates,
     )  # fmt: skip
 
@@ -170,7 +172,10 @@ def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _unit(sae: SAE) -> Float[Tensor, "d_sae d_out"]:
     """Decoder rows at length 1; rows of zeros stay, and are near to none."""
-    return torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=-1)
+    rows = sae.W_dec.detach().float().cpu()
+    if not bool(torch.isfinite(rows).all()):
+        raise BrokenFile(f"the latents of {sae.name}", "W_dec holds NaN or infinity", "Fetch or train the SAE again.")
+    return torch.nn.functional.normalize(rows, dim=-1)
 
 
 def _short(name: str | None) -> str | None:

@@ -7,6 +7,7 @@ Rows are pushed to the left, so padding stands behind everything that it could c
 the site: the blocks above never run.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -188,13 +189,15 @@ class Passes:
                 if progress is not None:
                     progress(stage, done, total)
 
-    def sample(self, texts: Sequence[Text], n_tokens: int) -> Float[Tensor, "tokens d_in"]:
-        """The first counted tokens of each text, an even share of ``n_tokens`` each."""
+    def sample(
+        self, texts: Sequence[Text], n_tokens: int, *, longest: float = math.inf
+    ) -> Float[Tensor, "tokens d_in"]:
+        """The first counted tokens of each text, an even share of ``n_tokens`` each, of a norm up to ``longest``."""
         share, parts = -(-n_tokens // max(len(texts), 1)), []
         for text in texts:
             left = share
             for read in self.stream([text], batch_rows=1):
-                parts.append(read.x[:left])
+                parts.append(read.x[torch.linalg.vector_norm(read.x, dim=-1) <= longest][:left])
                 left -= len(parts[-1])
                 if left <= 0:
                     break

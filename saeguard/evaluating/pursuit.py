@@ -67,15 +67,20 @@ def rounds_of_pursuit(
 def gradient_pursuit(sae: SAE, x: Float[Tensor, "tokens d_in"], k: int) -> Float[Tensor, "tokens d_sae"]:
     """At most ``k`` activations per token, in the SAE's units; `SAE.decode` takes them.
 
-    Raises `NotSliceable` for an SAE read in part, `UnsupportedFormat` for a transcoder.
+    Raises `NotSliceable` for an SAE read in part, `UnsupportedFormat` for a transcoder and for k below 0.
     """
+    _check_counts(sae, [k])
     target, atoms, lengths = _prepared(sae, x)
     parts = [_after(part, atoms, k) for part in target.split(TOKENS)]
     return torch.cat(parts) / lengths if parts else x.new_zeros(0, sae.d_sae)
 
 
 def pursuit_curve(sae: SAE, x: Float[Tensor, "tokens d_in"], at: Sequence[int]) -> Curve:
-    """What pursuit and the SAE's own encoder leave unexplained of ``x`` with ``at`` latents per token."""
+    """What pursuit and the SAE's own encoder leave unexplained of ``x`` with ``at`` latents per token.
+
+    Raises what `gradient_pursuit` raises.
+    """
+    _check_counts(sae, at)
     x = x.to(sae.W_dec.device)
     target, atoms, lengths = _prepared(sae, x)
     spread, wanted, active, left = Spread(sae.d_in), sorted(set(at)), 0, 0.0
@@ -91,6 +96,13 @@ def pursuit_curve(sae: SAE, x: Float[Tensor, "tokens d_in"], at: Sequence[int]) 
     share = lambda squares: share_of(squares, spread.variance)
     points = tuple(Point(k, share(pursued[k]), share(kept[k])) for k in wanted)
     return Curve(points, len(x), share_of(active, len(x)), share(left))
+
+
+def _check_counts(sae: SAE, counts: Sequence[int]) -> None:
+    if min(counts, default=0) < 0:
+        raise UnsupportedFormat(
+            f"gradient pursuit with {sae.name}", f"{min(counts)} is no number of latents", "Give 0 or more."
+        )
 
 
 def _prepared(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,6 +128,8 @@ def _after(target: Tensor, atoms: Tensor, k: int) -> Tensor:
 
 
 def _some_rounds(target: Tensor, atoms: Tensor, wanted: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    if 0 in wanted:
+        yield 0, target.new_zeros(len(target), len(atoms))
     for k, w in enumerate(islice(rounds_of_pursuit(target, atoms), max(wanted, default=0)), 1):
         if k in wanted:
             yield k, w

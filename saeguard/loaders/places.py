@@ -106,7 +106,11 @@ def parts(source: object) -> tuple[str, list[str]] | None:
         return None
     if os.path.exists(os.path.expanduser(source)):
         return None
-    base, *domains = str(source).split("+")
+    folder, slash, name = str(source).rpartition("/")  # folders above may have a + in their names too
+    base, *domains = name.split("+")
+    if not domains:
+        return None
+    base = folder + slash + base
     return base, [f"{base}/{BOOSTS}/{domain}" for domain in domains]
 
 

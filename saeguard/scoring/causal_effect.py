@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from saeguard.sae import SAE
 from saeguard.scoring.next_token import PREFIX, Prefix, divergence, provenance, read_prefixes, rows_at_once
-from saeguard.scoring.sweep import Progress, chosen, spread, sweep
+from saeguard.scoring.sweep import Progress, chosen, spread, sweep, weights_of
 from saeguard.scoring.table import Meaning, ScoreTable
 
 LOWEST, HIGHEST, START, STEPS = -3.0, 4.0, 2.0, 10
@@ -52,7 +52,7 @@ def causal_effect(
 
     asked = provenance(model, read, score="causal_effect", strength=strength, kappa=kappa, rtol=rtol)
     found = sweep(
-        wanted, step, batch=rows_at_once(read[0], batch), asked={**asked, "sae": sae.fingerprint()},
+        wanted, step, batch=rows_at_once(read[0], batch), asked={**asked, **weights_of(model, sae, checkpoint)},
         checkpoint=checkpoint, progress=progress,
     )  # fmt: skip
     meanings = {

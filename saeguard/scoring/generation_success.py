@@ -32,7 +32,7 @@ from saeguard.sae import SAE
 from saeguard.scoring.logit_lens import top_tokens
 from saeguard.scoring.next_token import MaxOf, prefix_ids, units
 from saeguard.scoring.prefixes import NEUTRAL
-from saeguard.scoring.sweep import Progress, chosen, digest_of, spread, sweep
+from saeguard.scoring.sweep import Progress, chosen, digest_of, spread, sweep, weights_of
 from saeguard.scoring.table import Meaning, ScoreTable
 from saeguard.steering import steer
 
@@ -98,7 +98,7 @@ def successes(
         return {"counts": torch.cat(found).view(len(some), len(how.factors), len(texts), len(how.ks))}
 
     per_latent = max(1, len(how.factors) * len(texts))
-    asked = {**_provenance(model, texts, how), "sae": sae.fingerprint(), "own": digest_of(own)}
+    asked = {**_provenance(model, texts, how), **weights_of(model, sae, checkpoint), "own": digest_of(own)}
     return sweep(
         wanted, step, batch=max(1, batch // per_latent), asked=asked, checkpoint=checkpoint, progress=progress
     )["counts"]  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from saeguard.sae import SAE
 from saeguard.scoring.next_token import PREFIX, MaxOf, Prefix, amounts, provenance, read_prefixes, rows_at_once
-from saeguard.scoring.sweep import Progress, chosen, spread, sweep
+from saeguard.scoring.sweep import Progress, chosen, spread, sweep, weights_of
 from saeguard.scoring.table import Meaning, ScoreTable
 
 FACTOR = 10.0
@@ -70,7 +70,7 @@ def pushed(
     keys = [{**one, **reading.made_of} for one, reading in zip(asked, readings, strict=True)]
     key = keys[0] if len(keys) == 1 else {"readings": keys}
     found = sweep(
-        wanted, step, batch=rows_at_once(read[0], batch), asked={**key, "sae": sae.fingerprint()},
+        wanted, step, batch=rows_at_once(read[0], batch), asked={**key, **weights_of(model, sae, checkpoint)},
         checkpoint=checkpoint, progress=progress,
     )  # fmt: skip
     tables = []

@@ -16,7 +16,10 @@ import torch
 from saeguard.errors import ScoreMismatch
 from saeguard.ops import Ablate, Add, AtLeast, AtMost, Clamp, Scale
 from saeguard.plans import Plan, Rule
-from saeguard.scoring.table import ScoreTable
+from saeguard.scoring.table import ScoreTable, as_json
+
+_HUGE = 1e300
+"""Stands for infinity where percentiles are taken; no float32 is as large."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,17 @@ class Bound:
 
     def keeps(self, table: ScoreTable) -> set[int]:
         """The latents inside."""
-        column = table.column(self.column)
-        known = column[~column.isnan()].double()
+        column = table.column(self.column).double()
         least, most = self.least, self.most
+        if self.percentile:
+            column = column.clamp(-_HUGE, _HUGE)  # between two infinite numbers there is no quantile
+        known = column[~column.isnan()]
         if self.percentile and len(known):
             least, most = (
                 end if math.isinf(end) else float(torch.quantile(known, min(max(end, 0.0), 100.0) / 100))
                 for end in (self.least, self.most)
             )
-        return set(((column.double() >= least) & (column.double() <= most)).nonzero()[:, 0].tolist())
+        return set(((column >= least) & (column <= most)).nonzero()[:, 0].tolist())
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,12 @@ class Selection:
         return Plan((self.rule(op, **where),), name)
 
     def to_json(self) -> str:
-        """Latents, scores and provenance; NaN is null."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False)
+        """Latents, scores and provenance; NaN is null, and infinite scores are "inf" and "-inf"."""
+        scores = {
+            name: [None if value is None else as_json(value) for value in column]
+            for name, column in self.scores.items()
+        }
+        return json.dumps({**asdict(self), "scores": scores}, indent=2, allow_nan=False)
 
 
 def select(

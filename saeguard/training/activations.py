@@ -7,6 +7,7 @@ layer measured, and it cannot overflow.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from jaxtyping import BFloat16, Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from saeguard.training.corpus import Chunks
 logger = logging.getLogger("saeguard.training")
 
 SCHEMA = 1
+MANIFEST = "manifest.json"
 ROWS_PER_SHARD = 512
 SAMPLE_SHARDS = 4
 
@@ -61,8 +63,19 @@ class ActivationStore:
         return [int(per_chunk[self.rows(shard)].sum()) for shard in range(self.n_shards)]
 
     def read(self, shard: int, site: Site) -> BFloat16[Tensor, "tokens d_in"]:
-        with safe_open(self.path(shard), framework="pt") as file:
-            return file.get_tensor(str(site))
+        """One site's activations in a shard. Raises `TrainError` for a damaged file, and one without that site."""
+        try:
+            with safe_open(self.path(shard), framework="pt") as file:
+                return file.get_tensor(str(site))
+        except (OSError, SafetensorError) as error:
+            raise TrainError(
+                f"activations at {site} in {self.path(shard)}", f"they cannot be read ({error})",
+                "Remove that file to compute them again.",
+            ) from error  # fmt: skip
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the folder says it is for: model, sites, text and size of its shards."""
+        return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()
 
 
 def write_activations(
@@ -104,7 +117,7 @@ def _claim(store: ActivationStore, model: nn.Module, sites: Sequence[Site]) -> N
         "chunks": store.chunks.fingerprint(),
         "rows_per_shard": store.rows_per_shard,
     }
-    manifest = store.folder / "manifest.json"
+    manifest = store.folder / MANIFEST
     if not manifest.exists():
         partial = manifest.with_suffix(".partial")
         partial.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
@@ -152,13 +165,14 @@ class Reader:
     def __enter__(self) -> "Reader":
         blocks = find_blocks(self.model)
         deepest = max(site.layer for site in self.sites)
-        for site in self.sites:
+        for site in self.sites:  # all of them before the first hook: nobody takes one off when entering fails
             if site.stream != "resid_post" or site.layer >= len(blocks):
                 raise TrainError(
                     f"activations at {site}",
                     f"training reads resid_post of blocks 0..{len(blocks) - 1} of this model",
                     "Choose a layer in that range.",
                 )
+        for site in self.sites:
             hook = self._hook(site, last=site.layer == deepest)
             self._stack.callback(blocks[site.layer].register_forward_hook(hook).remove)
         if self._compiled:

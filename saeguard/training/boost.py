@@ -14,6 +14,7 @@ cost only the boost's own steps. For inference the boost becomes a JumpReLU with
 domain's text.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +24,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from saeguard.errors import TrainError
+from saeguard.engines import engine_for
+from saeguard.engines.fit import check_model
+from saeguard.errors import TrainError, WidthMismatch
 from saeguard.sae import SAE
 from saeguard.sites import Site
 from saeguard.training.activations import ActivationStore, Batches
@@ -89,17 +92,19 @@ def fit_boost(
     """A boost of ``base`` for the text that ``store`` has the activations of; ``config.k`` latents per token.
 
     ``elsewhere`` are activations of other text, on which it learns to be silent, the same number of each per batch.
-    ``checkpoint`` and ``resume`` as in `train`; ``progress`` hears of steps, ``writing`` of tokens whose error was
-    computed. Raises `TrainError` for a base that is a transcoder, boosted or read in part, for a store without its
-    site and for too little text.
+    ``checkpoint`` and ``resume`` as in `train`, which goes on only with the same base and texts; ``progress`` hears of
+    steps, ``writing`` of tokens whose error was computed. Raises `TrainError` for a base that is a transcoder, boosted
+    or read in part, for a store without its site and for too little text.
     """
     site = check_base(base)
     errors = write_errors(base, store, progress=writing)
     batches = [Batches(one, site, batch=config.batch, seed=config.seed) for one in (store, errors)]
     share = max(1, config.batch // max(len(elsewhere), 1))
     others = tuple(Batches(one, site, batch=share, seed=config.seed) for one in elsewhere)
+    parts = [base.fingerprint(), *(one.fingerprint() for one in (store, *elsewhere))]
     return fit_batches(base, batches[0], batches[1], config, name=name, domain=domain, others=others,
-                       checkpoint=checkpoint, every=every, resume=resume, progress=progress)  # fmt: skip
+                       checkpoint=checkpoint, every=every, resume=resume, progress=progress,
+                       made_of=hashlib.sha256(" ".join(parts).encode()).hexdigest())  # fmt: skip
 
 
 def fit_batches(
@@ -179,6 +184,22 @@ def check_base(base: SAE) -> Site:
     return base.site
 
 
+def check_subject(base: SAE, model: nn.Module) -> Site:
+    """Where on this model the base reads and writes.
+
+    Raises what `check_base` raises, and `SiteNotFound`, `WidthMismatch` or `WrongModel` where it belongs to another.
+    """
+    site, engine = check_base(base), engine_for(model)
+    width = engine.resolve(site).width
+    if width != base.d_in:
+        raise WidthMismatch(
+            f"a boost of {base.name} at {site}", f"it reads vectors of width {base.d_in}, and that carries {width}",
+            "Give the model that the base was trained on.",
+        )  # fmt: skip
+    check_model(base, site, engine)
+    return site
+
+
 def write_errors(base: SAE, store: ActivationStore, *, progress: Told | None = None) -> ActivationStore:
     """What ``base`` leaves over of the stored activations, in the same order, in a folder of its own beside them.
 
@@ -210,8 +231,8 @@ def error_of(base: SAE, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "token
 def _stored(store: ActivationStore, shard: int, site: Site) -> Tensor:
     try:
         return store.read(shard, site)
-    except Exception as error:  # safetensors raises an exception of its own
+    except TrainError as error:
         raise TrainError(
-            f"errors at {site}", f"the activations in {store.folder} do not have it ({error})",
+            f"errors at {site}", f"the activations in {store.folder} do not have it ({error.found})",
             "Collect the activations of the base's site.",
         ) from error  # fmt: skip

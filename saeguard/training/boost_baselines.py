@@ -43,6 +43,8 @@ RIDGE = 1e-3
 """Of the mean of the latents' summed squares."""
 HEAVY = 16.0
 """Times the median squared error; a token beyond it counts like one at it."""
+ENCODED = 2048
+"""Tokens whose activations, of all latents, are held at a time."""
 NOISE = 0.1
 """Length of what is added to a copied unit direction."""
 
@@ -58,7 +60,8 @@ def extended(
     new = F.normalize(directions, dim=-1)
     columns, b_enc = new.T, torch.zeros(n)
     if start == "active":
-        busiest = base.encode(held_in).sum(0).argsort(descending=True)
+        sums = [base.encode(part).sum(0) for part in held_in.split(ENCODED)]
+        busiest = torch.stack(sums).sum(0).argsort(descending=True)
         chosen = busiest[torch.arange(n) % base.d_sae]
         columns, b_enc = old.W_enc[:, chosen] + NOISE * columns, old.b_enc[chosen]
         new = F.normalize(old.W_dec[chosen] + NOISE * new, dim=-1)

@@ -18,8 +18,8 @@ from saeguard.errors import TrainError
 from saeguard.loaders.native import save_sae
 from saeguard.sae import SAE
 from saeguard.training.activations import ActivationStore, Batches
-from saeguard.training.boost import check_base, fit_boost, write_errors
-from saeguard.training.boost_baselines import at_random, extended, fine_tuned, stitched
+from saeguard.training.boost import check_base, check_subject, fit_boost, write_errors
+from saeguard.training.boost_baselines import ENCODED, at_random, extended, fine_tuned, stitched
 from saeguard.training.card import data_of, read_attribution, read_origins, save_card, shared_facts
 from saeguard.training.corpus import Chunks, read_corpus
 from saeguard.training.describe import describe_latents, save_notes
@@ -41,6 +41,11 @@ class Domain:
     elsewhere: tuple[Path, ...] = ()
 
     def __post_init__(self):
+        if not self.name or {"/", "+"} & set(self.name):
+            raise TrainError(
+                f"a boost for {self.name!r}", "it is to be found as base+domain, in a folder of the domain's name",
+                "Give a name without / and +, as with --domain law.",
+            )  # fmt: skip
         self._part("general text", self.general, (*self.texts.train, *self.elsewhere), "--general")
         self._part("other text", self.elsewhere, (*self.texts.train, *self.texts.held_out), "--elsewhere")
 
@@ -81,9 +86,9 @@ def boost_domain(
 
     ``store`` has the domain's activations (`saeguard.training.pipeline.collect`), ``held_out`` is what to measure on,
     ``elsewhere`` the activations of the domain's ``elsewhere`` text, see `collect_elsewhere`.
-    Raises `TrainError`.
+    Raises `TrainError`, and what `check_subject` raises.
     """
-    site = check_base(base)
+    site, general = check_subject(base, subject.model), general_text(subject, domain)
     boost = fit_boost(
         base, store, config, name=f"{base.name}/boosts/{domain.name}", domain=domain.name, resume=resume,
         elsewhere=() if elsewhere is None else (elsewhere,),
@@ -103,7 +108,7 @@ def boost_domain(
     saes = {"base": base, "boosted": Boosted(base, [boost])}
     if baselines:
         saes |= fit_baselines(base, store, config, progress=progress)
-    measured = measure(subject, saes, held_out, general_text(subject, domain), domain.texts.n_ce_chunks, progress)
+    measured = measure(subject, saes, held_out, general, domain.texts.n_ce_chunks, progress)
     silent = None if elsewhere is None else elsewhere.chunks
     card = boost_card(subject, base, boost, domain, config, store.chunks, silent, held_out, measured, command)
     save_card(card, out)
@@ -142,7 +147,7 @@ def fit_baselines(
         Batches(one, site, batch=config.batch, seed=config.seed) for one in (store, write_errors(base, store))
     )
     x = batches.sample(1 << 14)
-    l0 = float((base.encode(x) != 0).sum(-1).float().mean())
+    l0 = sum(int((base.encode(part) != 0).sum()) for part in x.split(ENCODED)) / len(x)
     tuning = replace(config, lr=TUNING_LR * config.lr, steps=tuning_steps or config.steps)
     larger = replace(tuning, d_sae=base.d_sae + n, k=l0 + config.k)
     tell = {

@@ -98,7 +98,8 @@ def train_site(
     tell = None
     if progress is not None:
         tell = lambda p: progress(f"training {site}", p.step, p.steps, f"FVU {p.fvu:.3f}, dead {p.dead}")  # noqa: E731
-    return train(batches, config, checkpoint=out / str(site) / "checkpoint.pt", resume=resume, progress=tell)
+    return train(batches, config, checkpoint=out / str(site) / "checkpoint.pt", resume=resume,
+                 made_of=store.fingerprint(), progress=tell)  # fmt: skip
 
 
 def finish_site(

@@ -69,6 +69,8 @@ class TrainConfig:
                 f"they do not rise between 1 and {self.d_sae - 1}",
                 "Give sizes in rising order; the whole dictionary is always the last one.",
             )
+        if not 0 < self.lr < math.inf:
+            raise TrainError(f"a peak learning rate of {self.lr}", "it is not above 0", "Give one such as 1e-3.")
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, a plateau, then linear decay to zero."""
@@ -111,6 +113,7 @@ def train(
     checkpoint: str | Path | None = None,
     every: int = 500,
     resume: bool = False,
+    made_of: str | None = None,
     stop_at: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> TrainState:
@@ -118,20 +121,20 @@ def train(
 
     The latents learn to give ``target`` where there is one, and else x itself; its batches belong to those of
     ``batches`` token by token. ``start`` has weights to begin with instead of random ones. ``resume`` goes on from the
-    checkpoint when there is one. Raises `TrainError` when it was made with other hyper-parameters, or when the loss
-    stops being finite.
+    checkpoint when there is one, which says ``made_of``: a fingerprint of what the batches come from. Raises
+    `TrainError` when it was made with other hyper-parameters or of something else, or when the loss stops being finite.
     """
     path = Path(checkpoint) if checkpoint is not None else None
     state = start or _start(batches, target, config)
     if resume and path is not None and path.is_file():
-        _restore(state, config, path)
+        _restore(state, config, path, made_of)
     last = min(stop_at if stop_at is not None else config.steps, config.steps)
     while state.step < last:
         report = _step(state, batches.at(state.step), None if target is None else target.at(state.step), config)
         if progress is not None:
             progress(report)
         if path is not None and (state.step % every == 0 or state.step == last):
-            _save(state, config, path)
+            _save(state, config, path, made_of)
     return state
 
 
@@ -197,11 +200,12 @@ def geometric_median(x: Float[Tensor, "tokens d_in"], rounds: int = 15) -> Float
     return centre
 
 
-def _save(state: TrainState, config: TrainConfig, path: Path) -> None:
+def _save(state: TrainState, config: TrainConfig, path: Path, made_of: str | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     content = {
         "config": asdict(config),
+        "made_of": made_of,
         "step": state.step,
         "weights": [tensor.detach() for tensor in state.weights.all()],
         "optimizer": state.optimizer.state_dict(),
@@ -214,7 +218,7 @@ def _save(state: TrainState, config: TrainConfig, path: Path) -> None:
     os.replace(partial, path)
 
 
-def _restore(state: TrainState, config: TrainConfig, path: Path) -> None:
+def _restore(state: TrainState, config: TrainConfig, path: Path, made_of: str | None) -> None:
     try:
         content: dict[str, Any] = torch.load(path, weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler does
@@ -229,6 +233,12 @@ def _restore(state: TrainState, config: TrainConfig, path: Path) -> None:
             f"resuming from {path}",
             f"it was made with other values of {', '.join(changed)}",
             "Repeat the command with the values it was started with, or start in another folder.",
+        )
+    if content.get("made_of") != made_of:
+        raise TrainError(
+            f"resuming from {path}",
+            "it was trained on other activations: of another text, model or base",
+            "Repeat the command with the files it was started with, or remove it to start again.",
         )
     with torch.no_grad():
         for tensor, saved in zip(state.weights.all(), content["weights"], strict=True):
