@@ -109,12 +109,12 @@ def boost_of(bench: Bench, domain: str, stores: Mapping[str, ActivationStore], s
     def make(folder: Path) -> dict[str, SAE]:
         return {"boost": fit_boost(
             bench.base, store, config, name=f"{bench.base.name}/boosts/{domain}", domain=domain,
-            checkpoint=folder / "checkpoint.pt", elsewhere=others, resume=True,
+            checkpoint=folder / "checkpoint.pt", elsewhere=others, share=bench.options.share, resume=True,
             progress=lambda p: tell(p.step, p.steps), writing=said(f"errors on {domain}"),
         )}  # fmt: skip
 
     texts = [each.chunks.fingerprint() for each in (store, *others)]
-    return kept(bench, f"{domain}-seed{seed}", [asdict(config), *texts], make)["boost"]
+    return kept(bench, f"{domain}-seed{seed}", [asdict(config), bench.options.share, *texts], make)["boost"]
 
 
 def baselines_of(bench: Bench, domain: str, store: ActivationStore, seed: int) -> dict[str, SAE]:
@@ -173,8 +173,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--val-tokens", type=int, default=20_000)
     parser.add_argument("--ce-chunks", type=int, default=16)
     parser.add_argument("--latents", type=int, default=1024)
-    parser.add_argument("--k", type=float, default=100.0)
+    parser.add_argument("--k", type=float, default=128.0)
     parser.add_argument("--epochs", type=float, default=6.0)
+    parser.add_argument("--share", type=float, default=0.5, help="tokens of other text per token of the domain")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--seeds", type=int, default=2)
@@ -209,7 +210,7 @@ def main() -> None:
         result[domain] = {**first, "stacked": rows.pop("stacked"), "others": rows}
     print(json.dumps({
         "benchmark": "boosting", "base": base.name, "domains": result, "latents": asked.latents, "k": asked.k,
-        "epochs": asked.epochs, "tuning_steps": asked.tuning_steps,
+        "epochs": asked.epochs, "share": asked.share, "tuning_steps": asked.tuning_steps,
         "tokens": {domain: store.chunks.n_tokens for domain, store in stores.items()}, "seeds": asked.seeds,
         "general": asked.general.split(","), "minutes": round((time.time() - started) / 60, 1),
         "torch": torch.__version__, "threads": torch.get_num_threads(),

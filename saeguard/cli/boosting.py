@@ -10,22 +10,27 @@ import typer
 
 from saeguard.cli.training import expand, progress_bars, steps_of
 
+Elsewhere = Annotated[
+    list[str] | None, typer.Option(help="Training text of other domains, on which it learns to be silent.")
+]
+Share = Annotated[float, typer.Option("--elsewhere-share", help="Tokens of it per token of the domain in training.")]
+General = Annotated[list[str] | None, typer.Option(help="Other text to measure on: nothing should change.")]
+
 
 def boost(
     base: Annotated[str, typer.Option(help="The SAE to boost: a shipped name, a folder, a file or hf://...")],
     corpus: Annotated[list[str], typer.Option(help="The domain's text (.txt, .jsonl, .jsonl.gz); repeatable.")],
     validation: Annotated[list[str], typer.Option(help="Held-out text of the domain, measured on only.")],
     out: Annotated[Path, typer.Option(help="Folder for activations, checkpoint and results.")],
-    elsewhere: Annotated[
-        list[str] | None, typer.Option(help="Training text of other domains, on which it learns to be silent.")
-    ] = None,
-    general: Annotated[list[str] | None, typer.Option(help="Other text to measure on: nothing should change.")] = None,
+    elsewhere: Elsewhere = None,
+    share: Share = 0.5,
+    general: General = None,
     domain: Annotated[str, typer.Option(help="The domain's name, by default that of --out.")] = "",
     model: Annotated[str, typer.Option(help="A demo model's name, or a local folder; by default the base's.")] = "",
     latents: Annotated[int, typer.Option(min=2, help="Number of latents of the boost.")] = 1024,
-    k: Annotated[float, typer.Option(help="Latents of the boost active per token of the domain.")] = 100.0,
+    k: Annotated[float, typer.Option(help="Latents of the boost active per token of the domain.")] = 128.0,
     tokens: Annotated[int | None, typer.Option(min=1, help="Training tokens, by default all there are.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over them, when --steps is not given.")] = 8.0,
+    epochs: Annotated[float, typer.Option(help="Passes over them, when --steps is not given.")] = 6.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 1024,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-3,
@@ -54,7 +59,7 @@ def boost(
 
     texts = Texts(expand(corpus), expand(validation), n_tokens=tokens, n_held_out=validation_tokens,
                   n_ce_chunks=ce_chunks, context=context, seed=seed)  # fmt: skip
-    told = Domain(domain or out.resolve().name, texts, expand(general or []), expand(elsewhere or []))
+    told = Domain(domain or out.resolve().name, texts, expand(general or []), expand(elsewhere or []), share)
     command = "saeguard " + shlex.join(sys.argv[1:])
     with progress_bars(shown=not as_json) as progress:
         sae = load_sae(base)

@@ -6,7 +6,7 @@
     loss = mean w |e - f @ W_dec|^2   w and aux-k as in `saeguard.training.batch_topk`
 
 This is the method of arXiv 2507.12990, with the aux-k of base training for latents that would die. What is added here:
-each batch may hold as many tokens of other text behind the domain's, with a target of 0. A boost that has not seen any
+each batch may hold tokens of other text behind the domain's, with a target of 0. A boost that has not seen any
 fires on all text alike, and boosts that are stacked then add what they share once each.
 
 The base is never changed. Its errors are written once beside the activations, so runs with other k, sizes and seeds
@@ -36,6 +36,8 @@ from saeguard.training.activations import Progress as Told
 from saeguard.training.batch_topk import calibrate
 from saeguard.training.trainer import CALIBRATION_TOKENS, BatchSource, Progress, TrainConfig, TrainState, train
 
+SHARE = 0.5
+"""Tokens of other text per token of the domain: with more, less of the domain's error is learnt (README, Boosts)."""
 LEAST_TOKENS = 1024
 """Tokens without which a threshold would be that of a few sentences."""
 _ROWS = 2048
@@ -83,6 +85,7 @@ def fit_boost(
     name: str,
     domain: str,
     elsewhere: Sequence[ActivationStore] = (),
+    share: float = SHARE,
     checkpoint: str | Path | None = None,
     every: int = 500,
     resume: bool = False,
@@ -91,7 +94,8 @@ def fit_boost(
 ) -> SAE:
     """A boost of ``base`` for the text that ``store`` has the activations of; ``config.k`` latents per token.
 
-    ``elsewhere`` are activations of other text, on which it learns to be silent, the same number of each per batch.
+    ``elsewhere`` are activations of other text, on which it learns to be silent, the same number of each per batch and
+    together ``share`` tokens per token of the domain.
     ``checkpoint`` and ``resume`` as in `train`, which goes on only with the same base and texts; ``progress`` hears of
     steps, ``writing`` of tokens whose error was computed. Raises `TrainError` for a base that is a transcoder, boosted
     or read in part, for a store without its site and for too little text.
@@ -99,8 +103,8 @@ def fit_boost(
     site = check_base(base)
     errors = write_errors(base, store, progress=writing)
     batches = [Batches(one, site, batch=config.batch, seed=config.seed) for one in (store, errors)]
-    share = max(1, config.batch // max(len(elsewhere), 1))
-    others = tuple(Batches(one, site, batch=share, seed=config.seed) for one in elsewhere)
+    each = max(1, round(share * config.batch / max(len(elsewhere), 1)))
+    others = tuple(Batches(one, site, batch=each, seed=config.seed) for one in elsewhere)
     parts = [base.fingerprint(), *(one.fingerprint() for one in (store, *elsewhere))]
     return fit_batches(base, batches[0], batches[1], config, name=name, domain=domain, others=others,
                        checkpoint=checkpoint, every=every, resume=resume, progress=progress,

@@ -6,6 +6,7 @@ OUT/checkpoint-<base>.pt         the training state, under the first digits of t
 OUT/                             sae.safetensors, card.json, latents.jsonl.gz
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from saeguard.errors import TrainError
 from saeguard.loaders.native import save_sae
 from saeguard.sae import SAE
 from saeguard.training.activations import ActivationStore, Batches
-from saeguard.training.boost import check_base, check_subject, fit_boost, write_errors
+from saeguard.training.boost import SHARE, check_base, check_subject, fit_boost, write_errors
 from saeguard.training.boost_baselines import ENCODED, at_random, extended, fine_tuned, stitched
 from saeguard.training.card import data_of, read_attribution, read_origins, save_card, shared_facts
 from saeguard.training.corpus import Chunks, read_corpus
@@ -39,12 +40,19 @@ class Domain:
     texts: Texts
     general: tuple[Path, ...] = ()
     elsewhere: tuple[Path, ...] = ()
+    share: float = SHARE
+    """Tokens of the text elsewhere per token of the domain in training."""
 
     def __post_init__(self):
         if not self.name or {"/", "+"} & set(self.name):
             raise TrainError(
                 f"a boost for {self.name!r}", "it is to be found as base+domain, in a folder of the domain's name",
                 "Give a name without / and +, as with --domain law.",
+            )  # fmt: skip
+        if not 0 < self.share < math.inf:
+            raise TrainError(
+                f"{self.share} tokens of other text per token of the domain", "that is no number above 0",
+                "Give one such as 0.5, or no text to be silent on.",
             )  # fmt: skip
         self._part("general text", self.general, (*self.texts.train, *self.elsewhere), "--general")
         self._part("other text", self.elsewhere, (*self.texts.train, *self.texts.held_out), "--elsewhere")
@@ -91,7 +99,7 @@ def boost_domain(
     site, general = check_subject(base, subject.model), general_text(subject, domain)
     boost = fit_boost(
         base, store, config, name=f"{base.name}/boosts/{domain.name}", domain=domain.name, resume=resume,
-        elsewhere=() if elsewhere is None else (elsewhere,),
+        elsewhere=() if elsewhere is None else (elsewhere,), share=domain.share,
         checkpoint=out / f"checkpoint-{base.fingerprint()[:16]}.pt",
         progress=None if progress is None else lambda p: progress(
             f"boosting {site}", p.step, p.steps, f"FVU {p.fvu:.3f} of the error, dead {p.dead}"),
@@ -252,8 +260,9 @@ def boost_card(
         "training": {
             **asdict(config), "prefixes": list(config.prefixes), "tokens_seen": config.steps * config.batch,
             "method": "arXiv 2507.12990: reads x, target x - base(x), BatchTopK with aux-k, then one threshold for "
-            "k latents per token of that text; no b_dec; target 0 on as many tokens of the text elsewhere, if any",
+            "k latents per token of that text; no b_dec; target 0 on the text elsewhere, if any",
         },
-        "data": data_of(chunks, origins), "elsewhere": None if silent is None else data_of(silent, origins),
+        "data": data_of(chunks, origins),
+        "elsewhere": None if silent is None else data_of(silent, origins) | {"share": domain.share},
         **shared_facts(command, model_source(subject), read_attribution(files)),
     }  # fmt: skip
