@@ -13,7 +13,6 @@ if typing.TYPE_CHECKING:
     from saeguard.engines.layouts import Layout
     from saeguard.errors import SaeguardError
     from saeguard.evaluating.self_check import self_check
-    from saeguard.gates import AnyActive
     from saeguard.loaders import load_sae, open_sae
     from saeguard.loaders.live import load_saelens
     from saeguard.loaders.native import save_sae
@@ -24,6 +23,7 @@ if typing.TYPE_CHECKING:
     from saeguard.sae import SAE
     from saeguard.sites import Site
     from saeguard.steering import Run, steer
+    from saeguard.triggers import AnyActive
 
 __version__ = "0.1.0"
 
@@ -66,7 +66,6 @@ _HOMES = {
     "engines.layouts": ("Layout",),
     "errors": ("SaeguardError",),
     "evaluating.self_check": ("self_check",),
-    "gates": ("AnyActive",),
     "loaders": ("load_sae", "open_sae"),
     "loaders.live": ("load_saelens",),
     "loaders.native": ("save_sae",),
@@ -77,6 +76,7 @@ _HOMES = {
     "sae": ("SAE",),
     "sites": ("Site",),
     "steering": ("Run", "steer"),
+    "triggers": ("AnyActive",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

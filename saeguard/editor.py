@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saeguard.axes import Fired, Mask, Stream
 from saeguard.errors import SiteNotFound
+from saeguard.gating import BoundGate, BoundLeaf, Gating, Memory
 from saeguard.kernels.dense_parts import DensePart, lay_out_dense
 from saeguard.kernels.parts import Part, lay_out
 from saeguard.kernels.pick import KernelName, pick
@@ -33,6 +34,12 @@ class BoundRule:
     site: Site
     plans: frozenset[int] | None
     reads: Site
+    gate: BoundGate | None = None
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """All sites that it needs."""
+        return frozenset({self.site, self.reads}) | (self.gate.sites if self.gate is not None else frozenset())
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +113,26 @@ def bind(plans: Sequence[Plan | None], saes: Mapping[str, SAE], *, every_row: bo
         for key in sited:
             found.setdefault(key, set()).add(index)
     return tuple(
-        BoundRule(rule, site, None if every_row else frozenset(owners), reads)
+        BoundRule(rule, site, None if every_row else frozenset(owners), reads, _bound_gate(rule, reads, saes))
         for (rule, reads, site), owners in found.items()
     )
+
+
+def _bound_gate(rule: Rule, reads: Site, saes: Mapping[str, SAE]) -> BoundGate | None:
+    """The rule's gate, whose leaves read what the rule reads where they do not say otherwise."""
+    if rule.gate is None:
+        return None
+    leaves = []
+    for leaf in rule.gate.leaves:
+        sae = None if not leaf.latents else leaf.sae or rule.sae
+        own = saes[leaf.sae].site if leaf.sae is not None else reads
+        if (site := leaf.site or own) is None:
+            raise SiteNotFound(
+                f"the site of a gate of rule {rule}", f"neither the gate nor its SAE {leaf.sae} names one",
+                "Give it one: Hits(..., site=Site('resid_post', 9)).",
+            )  # fmt: skip
+        leaves.append(BoundLeaf(site, sae, leaf.latents, leaf.special, leaf.width))
+    return BoundGate(rule.gate, tuple(leaves))
 
 
 def _sites(rule: Rule, sae: SAE) -> tuple[Site, Site]:
@@ -132,7 +156,7 @@ def _sites(rule: Rule, sae: SAE) -> tuple[Site, Site]:
 class Editor:
     """The edits of one list of bound rules at one site; a pure function once built.
 
-    ``reads`` are the other sites whose streams it needs, for transcoders.
+    ``reads`` are the other sites whose streams it needs, for transcoders and gates.
     """
 
     def __init__(
@@ -160,18 +184,30 @@ class Editor:
             sae, wanted = saes[mine[0].rule.sae], [bound.rule for bound in mine]
             part = lay_out_dense(sae, wanted) if is_dense else lay_out(sae, wanted, [bound.plans for bound in mine])
             self._parts.append((mine[0].reads, tuple(members), torch.tensor(members), part.to(device)))
-        self.reads = frozenset(reads for reads, *_ in self._parts) - {site}
+        gates = [bound.gate if bound.site == site else None for bound in self.rules]
+        self._gating = Gating(gates, saes, device)
+        watched = [gate.sites for gate in gates if gate is not None]
+        self.reads = frozenset(reads for reads, *_ in self._parts).union(*watched) - {site}
 
     def __call__(self, y: Stream, tokens: TokenBatch, covers: Bool[Tensor, "batch rules"],
-                 streams: Mapping[Site, Tensor] | None = None) -> Edit:  # fmt: skip
+                 streams: Mapping[Site, Tensor] | None = None, memory: Memory | None = None) -> Edit:  # fmt: skip
         """The edit of ``y``, in float32. ``covers`` says which bound rules a row is under.
 
-        ``streams`` holds what flowed past the sites of `reads` in this pass.
+        ``streams`` holds what flowed past the sites of `reads` in this pass, ``memory`` what the gates remember of the
+        call; without one, its tokens are the first.
         """
         with torch.autocast(y.device.type, enabled=False):
             seen = {**(streams or {}), self.site: y}
+            memory = memory or Memory()
             parts = [
-                self._edit(number, seen[reads].to(y.device).float(), y.float(), tokens, covers)
+                self._edit(
+                    number,
+                    seen[reads].to(y.device).float(),
+                    y.float(),
+                    tokens,
+                    covers,
+                    self._gating.masks(self._parts[number][1], seen, tokens, memory),
+                )
                 for number, (reads, *_) in enumerate(self._parts)
             ]
         dx, edits = parts[0]
@@ -182,7 +218,8 @@ class Editor:
         return Edit(dx, changed, tuple(edit for _, edit in parts))
 
     def _edit(self, number: int, x: Tensor, y: Stream, tokens: TokenBatch,
-              covers: Bool[Tensor, "batch rules"]) -> tuple[Stream, PartEdit | DenseEdit]:  # fmt: skip
+              covers: Bool[Tensor, "batch rules"],
+              opened: Fired | None) -> tuple[Stream, PartEdit | DenseEdit]:  # fmt: skip
         part, (_, members, index, _) = self._part_on(number, y.device), self._parts[number]
         wheres = [self.rules[i].rule.where for i in members]
         if len(set(wheres)) == 1:
@@ -191,6 +228,8 @@ class Editor:
             chosen = torch.stack([tokens.select(where) for where in wheres], dim=-1)
         chosen, covers = chosen.to(y.device), covers.to(y.device)  # with a device map ids and stream can part
         selected = chosen & covers[:, None, index]
+        if opened is not None:
+            selected = selected & opened.to(y.device)
         if isinstance(part, DensePart):
             dx, edited, norm = self._kernels.dense(x, y, part, selected)
             return dx, DenseEdit(part, members, selected, edited, norm.detach())

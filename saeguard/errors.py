@@ -36,10 +36,17 @@
     |- MissingExtra           an optional package is not installed
     |- TrainError             training cannot start or go on
     |- ScoreMismatch          scores that do not belong together, or are not there
+    |- AuditError             a request cannot go on record, or the record is not what was written
+    |  |- BadRecord             a field is out of its domain, or fields contradict each other
+    |  |- BadAuditKey           the key is missing, too short, or others may read it
+    |  |- AuditUnavailable      there is no file that can be opened as this log
+    |  |- AuditFailed           a record could not be written, so its request must not be answered
+    |  '- AuditTampered         the log is not the chain that was written
     '- GuardError             the model may have run without its edits
        |- GuardNotApplied       a forward pass went by and an edit did not run
        |- PlanNeverRan          the block ended and the model was never called
        |- UnstableEdit          an edit produced NaN or infinity
+       |- GateFailed            a gate has no score, or has not seen what it decides on
        |- PhaseUnknown          prompt and generated tokens cannot be told apart here
        |- TokensUnknown         padding, special tokens or positions cannot be known here
        |- UnsupportedMode       an execution mode whose edits cannot be exact
@@ -203,6 +210,30 @@ class ScoreMismatch(SaeguardError):
     """Scores of different SAEs, of the wrong number of latents, or that were not computed."""
 
 
+class AuditError(SaeguardError):
+    """A request cannot go on record, or the record is not what was written."""
+
+
+class BadRecord(AuditError):
+    """A field of an audit record is out of its domain, or its fields contradict each other."""
+
+
+class BadAuditKey(AuditError):
+    """The key of an audit log is missing, too short, or readable by others."""
+
+
+class AuditUnavailable(AuditError):
+    """There is no file at this place that can be opened as an audit log."""
+
+
+class AuditFailed(AuditError):
+    """A record could not be written, so its request must not be answered."""
+
+
+class AuditTampered(AuditError):
+    """An audit log is not the chain that was written, or ends before a head that is known."""
+
+
 class GuardError(SaeguardError):
     """The model may have run without its edits."""
 
@@ -217,6 +248,10 @@ class PlanNeverRan(GuardError):
 
 class UnstableEdit(GuardError):
     """An edit produced NaN or infinity; nothing was sampled from it."""
+
+
+class GateFailed(GuardError):
+    """A gate's score is NaN, or it has not seen all tokens of the row that it decides on."""
 
 
 class PhaseUnknown(GuardError):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saeguard.axes import Mask
 from saeguard.editor import Edit
+from saeguard.gating import Memory
 from saeguard.sites import Site
 from saeguard.tokens import TokenBatch
 
@@ -82,11 +83,12 @@ class CallRecord:
     """One request to the model: a generate call, or forward passes that share a cache.
 
     ``per_request`` forward rows belong to one row of the request when they are beams, whose order changes as the
-    search goes on; what is reported is then the union over the beams. ``ends`` are the columns from which on a row's
-    tokens were thrown away (after its end, or never fed back); None while unknown.
+    search goes on; what is reported is then the union over the beams. ``memory`` is that of the gates. ``ends`` are the
+    columns from which on a row's tokens were thrown away (after its end, or never fed back); None while unknown.
     """
 
     per_request: int = 1
+    memory: Memory = field(default_factory=Memory)
     ends: Int[Tensor, " row"] | None = None
     tracks: dict[Site, Track] = field(default_factory=dict)
 

@@ -16,10 +16,13 @@ from typing import Any
 from saeguard import strict_json
 from saeguard.dense import DENSE_OPS, Reweight, Splice
 from saeguard.errors import BadPlanFile, BadRule, EmptyPlan, OverlappingRules, UnknownOp, UnknownSchema
-from saeguard.gates import TRIGGERS, AnyActive, as_latents
+from saeguard.gates import GATES
+from saeguard.gates.base import Gate
+from saeguard.gates.written import gate_from_dict, gate_to_dict
 from saeguard.ops import OPS, Ablate, Add, AtLeast, AtMost, Clamp, Lowered, Scale
 from saeguard.sites import Site
 from saeguard.tokens import Phase, Where
+from saeguard.triggers import TRIGGERS, AnyActive, as_latents
 
 SCHEMA = 1
 MAX_BYTES = 16_000_000
@@ -45,6 +48,7 @@ class Rule:
     site: Site | None = None
     site_out: Site | None = None
     trigger: AnyActive | None = None
+    gate: Gate | None = None
     phase: Phase = "all"
     first: int | None = None
     start: int = 0
@@ -64,6 +68,8 @@ class Rule:
                 raise BadRule(f"rule with {name}={site!r}", "that is not a site", "Use Site('resid_post', 12).")
         if self.trigger is not None and type(self.trigger) not in TRIGGERS.values():
             raise BadRule(f"rule with trigger={self.trigger!r}", "that is not a trigger", "Use AnyActive(latents).")
+        if self.gate is not None and type(self.gate) not in GATES.values():
+            raise BadRule(f"rule with gate={self.gate!r:.60}", "that is not a gate", f"Gates: {', '.join(GATES)}.")
         if type(self.op) not in _ALL_OPS.values():
             raise BadRule(f"rule with op={self.op!r}", "that is not an op", f"Ops: {', '.join(_ALL_OPS)}.")
         if self.priority is not None and (isinstance(self.priority, bool) or not isinstance(self.priority, int)):
@@ -235,6 +241,10 @@ def _rule_to_dict(rule: Rule) -> dict[str, Any]:
     entry["site_out"] = str(rule.site_out) if rule.site_out else None
     if rule.site_out is None:  # most rules have none, and files of before transcoders stay canonical
         del entry["site_out"]
+    if rule.gate is None:  # likewise those of before gates
+        del entry["gate"]
+    else:
+        entry["gate"] = gate_to_dict(rule.gate)
     entry["op"] = _tagged(_ALL_OPS, rule.op)
     entry["trigger"] = _tagged(TRIGGERS, rule.trigger) if rule.trigger else None
     return entry
@@ -257,6 +267,8 @@ def _rule_from_dict(entry: Any) -> Rule:
     values["op"] = _untagged("op", _ALL_OPS, values["op"])
     if values.get("trigger") is not None:
         values["trigger"] = _untagged("trigger", TRIGGERS, values["trigger"])
+    if values.get("gate") is not None:
+        values["gate"] = gate_from_dict(values["gate"])
     try:
         return Rule(**values)
     except TypeError as error:

@@ -141,10 +141,11 @@ def steer(
     plans: list[Plan | None] = [plan] if plan is None or isinstance(plan, Plan) else list(plan)
     loaded = _load(plans, saes)
     rules = bind(plans, loaded, every_row=every_row)
-    places = places_of(engine, [site for bound in rules for site in (bound.reads, bound.site)])
+    places = places_of(engine, [site for bound in rules for site in bound.sites])
     for bound in rules:
         _check_fit(loaded[bound.rule.sae], places[bound.reads], places[bound.site], engine)
-    loaded = {name: _corrected(sae, [b for b in rules if b.rule.sae == name], engine) for name, sae in loaded.items()}
+        _check_gate(bound, loaded, places, engine)
+    loaded = {name: _corrected(name, sae, rules, engine) for name, sae in loaded.items()}
     _check_nesting(model, rules, loaded)
     editors = {
         site: Editor(site, rules, loaded, device=places[site].device, kernel=kernel)
@@ -172,6 +173,9 @@ def _load(plans: Sequence[Plan | None], saes: SAE | Iterable[SAE] | Mapping[str,
     given: dict[str, SAE] = dict(listed) if isinstance(saes, Mapping) else _by_name(listed)
     wanted: dict[str, dict[int, None] | None] = {}  # None: a dense op needs all latents
     for rule in (rule for plan in plans if plan is not None for rule in plan.rules):
+        for leaf in rule.gate.leaves if rule.gate else ():
+            if leaf.latents and (mine := wanted.setdefault(leaf.sae or rule.sae, {})) is not None:
+                mine.update(dict.fromkeys(leaf.latents))
         watched, found = rule.trigger.latents if rule.trigger else (), wanted.setdefault(rule.sae, {})
         if rule.is_dense:
             wanted[rule.sae] = None
@@ -214,8 +218,8 @@ def _by_name(saes: Iterable[SAE]) -> dict[str, SAE]:
     return given
 
 
-def _check_fit(sae: SAE, place: Place, out: Place, engine: Engine) -> None:
-    for verb, width, there in (("reads", sae.d_in, place), ("writes", sae.d_out, out)):
+def _check_fit(sae: SAE, place: Place, out: Place, engine: Engine, *, only_reads: bool = False) -> None:
+    for verb, width, there in (("reads", sae.d_in, place), ("writes", sae.d_out, out))[: 1 if only_reads else 2]:
         if width != there.width:
             raise WidthMismatch(
                 f"SAE {sae.name} at {there.site}",
@@ -225,9 +229,24 @@ def _check_fit(sae: SAE, place: Place, out: Place, engine: Engine) -> None:
     check_model(sae, place.site, engine)
 
 
-def _corrected(sae: SAE, rules: Sequence[BoundRule], engine: Engine) -> SAE:
-    """``sae`` for the model's plain weights, at the sites of its rules."""
-    places = {(bound.reads, bound.site) for bound in rules}
+def _check_gate(bound: BoundRule, saes: Mapping[str, SAE], places: Mapping[Site, Place], engine: Engine) -> None:
+    for leaf in bound.gate.leaves if bound.gate is not None else ():
+        if leaf.sae is not None:
+            _check_fit(saes[leaf.sae], places[leaf.site], places[bound.site], engine, only_reads=True)
+        elif leaf.width is not None and leaf.width != places[leaf.site].width:
+            raise WidthMismatch(
+                f"a gate at {leaf.site}",
+                f"it has {leaf.width} weights, and {leaf.site} carries width {places[leaf.site].width}",
+                "Was it fitted on another model or another stream?",
+            )
+
+
+def _corrected(name: str, sae: SAE, rules: Sequence[BoundRule], engine: Engine) -> SAE:
+    """``sae`` for the model's plain weights, at the sites of its rules and gates."""
+    places = {(bound.reads, bound.site) for bound in rules if bound.rule.sae == name}
+    leaves = [leaf for bound in rules if bound.gate is not None for leaf in bound.gate.leaves]
+    read = {reads for reads, _ in places}
+    places |= {(leaf.site, leaf.site) for leaf in leaves if leaf.sae == name and leaf.site not in read}
     if len(places) > 1 and sae.manifest.get("processing"):
         raise AmbiguousSAE(
             f"rules on {sae.name} at {' and '.join(sorted(str(reads) for reads, _ in places))}",

@@ -16,10 +16,11 @@ PACKAGE = ROOT / "saeguard"
 LAYERS = [
     {"errors", "axes", "strict_json"},
     {"sites", "wheels", "tokens", "ops", "norms", "activations"},
-    {"sae", "gates", "dense", "archives"},
-    {"boosted"},
+    {"sae", "triggers", "dense", "archives"},
+    {"boosted", "gates"},
     {"plans", "loaders"},
     {"kernels", "latents", "cards"},
+    {"gating"},
     {"editor"},
     {"ledger"},
     {"engines", "reports"},
@@ -39,7 +40,7 @@ ANYTHING = {
 # The bottom of the package has to be readable without knowing a framework.
 PURE = {
     name: {"torch", "jaxtyping"}
-    for name in ("axes", "sites", "tokens", "norms", "activations", "sae", "ops", "dense", "gates")
+    for name in ("axes", "sites", "tokens", "norms", "activations", "sae", "ops", "dense", "triggers", "gates")
 }
 PURE["errors"] = set()
 # Extras: one adapter each, so that nobody needs what they do not use.

@@ -4,6 +4,7 @@ import typer
 
 from saeguard.cli import (
     assets,
+    auditing,
     boosting,
     console,
     demo,
@@ -49,6 +50,7 @@ latents.app.command("profile")(profiles.profile)
 app.add_typer(latents.app, name="latents")
 app.command("score")(scoring.score)
 app.command("select")(selecting.select)
+app.add_typer(auditing.app, name="audit")
 app.command("assets")(assets.assets)
 app.command("inspect")(sources.inspect)
 app.command("convert")(sources.convert)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from saeguard.gates import AnyActive
 from saeguard.ops import AtLeast, Clamp, Scale
 from saeguard.plans import Plan, Rule
+from saeguard.triggers import AnyActive
 
 SAE_NAME = "smollm2-135m-instruct/resid_post.20"
 EARTH, SUN = 273, 4284

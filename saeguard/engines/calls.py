@@ -10,6 +10,7 @@ from torch import Tensor
 from saeguard.axes import Stream
 from saeguard.editor import Edit, Editor
 from saeguard.engines.base import Pass, Request
+from saeguard.engines.memories import Beams
 from saeguard.errors import GuardNotApplied, RowsMismatch, TokensUnknown
 from saeguard.ledger import CallRecord
 from saeguard.sites import Site
@@ -56,10 +57,22 @@ class Call:
     blocks: tuple[Participant, ...] = ()
     """The blocks that were open when a generate call began."""
     records: dict[Participant, CallRecord] = field(default_factory=dict)
+    beams: Beams | None = None
+    """Where rows trade places and gates have to follow."""
     cache: Any = None
     reached: int | None = None
     """The column after the last one that was passed."""
     rows: int | None = None
+
+    def check_beams(self, seen: Pass) -> None:
+        """Refuse a pass before which beams should have traded places and nobody was told. Raises `GateFailed`."""
+        if self.beams is not None and seen.column > 0:
+            self.beams.check()
+
+    def end(self) -> None:
+        """Let go of the cache."""
+        if self.beams is not None:
+            self.beams.close()
 
     def continues(self, seen: Pass) -> bool:
         """Whether a pass belongs to this call: an empty cache, or another number of rows, starts another one."""
@@ -89,7 +102,7 @@ def stream_at(forward: Forward, site: Site, needed_at: Site) -> Stream:
         raise GuardNotApplied(
             f"an edit at {needed_at} that needs the stream at {site}",
             f"{site} was not passed before {needed_at}",
-            "A transcoder has to write behind what it reads: check the rule's site and site_out.",
+            "A transcoder, or a rule with a gate, has to write behind what it reads: check the sites.",
         )
     return forward.streams[site]
 

@@ -11,7 +11,6 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from types import MethodType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -20,6 +19,8 @@ from torch import nn
 from saeguard.axes import Stream
 from saeguard.engines.base import Engine, Pass, Place, outside_graphs
 from saeguard.engines.calls import Call, Forward, Participant, View, stream_at, tokens_of, unseen
+from saeguard.engines.memories import Memories
+from saeguard.engines.watched import Watched, restore
 from saeguard.errors import GuardNotApplied, ModelBusy, UnstableEdit, UnsupportedMode
 from saeguard.sites import Site
 
@@ -45,6 +46,7 @@ class Session:
         self._root = ExitStack()
         self._method = ExitStack()
         self._local = threading.local()
+        self._memories = Memories()
         self._running = 0
         """Generate calls and forward passes that have begun and not ended, in all threads."""
         self._counting = threading.Lock()
@@ -128,8 +130,8 @@ class Session:
         self._root.callback(after.remove)
         generate: Any = getattr(model, "generate", None)
         if callable(generate):
-            watched = _Generate(model, self._watched(generate))
-            self._method.callback(_restore, model, watched, model.__dict__.get("generate"))
+            watched = Watched(model, self._watched(generate))
+            self._method.callback(restore, model, watched, model.__dict__.get("generate"))
             model.__dict__["generate"] = watched
 
     def _watched(self, generate: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,6 +150,7 @@ class Session:
                 self._check_open(call.blocks)
             finally:
                 self._forget()
+                call.end()
                 self._local.call = outer
                 self._end()
             self._check_ran(call)
@@ -183,11 +186,13 @@ class Session:
         call = self._call_for(seen)
         if call.reached is not None and seen.column > call.reached:
             raise unseen(call, seen.column)
+        call.check_beams(seen)
         call.reached, call.rows = seen.column + seen.width, seen.rows
         views = {}
         for participant in self.participants:
             if participant not in call.records:
                 call.records[participant] = participant.open_record(call.request)
+                self._memories.resume(participant, call.records[participant], seen)
             covers = participant.cover(seen.rows, call.request).to(seen.device)
             views[participant] = View(tokens_of(seen, participant, call.request), covers, call.records[participant])
         self._local.forward = Forward(call, views, seen.rows, seen.width, self.sites)
@@ -261,7 +266,8 @@ class Session:
                 if site in participant.editors:
                     editor = participant.editors[site]
                     streams = {other: stream_at(forward, other, site) for other in editor.reads}
-                    edit = edits[participant] = editor(x, view.tokens, view.covers, streams)
+                    memory = view.record.memory
+                    edit = edits[participant] = editor(x, view.tokens, view.covers, streams, memory)
                     dx = edit.dx if dx is None else dx + edit.dx
                     changed = edit.changed if changed is None else changed | edit.changed
             after, x_after = carried, x
@@ -309,8 +315,11 @@ class Session:
                 "an edited vector holds NaN or infinity",
                 "Use smaller amounts, or a dtype with more range; nothing was sampled from this pass.",
             )
+        for view in forward.views.values():
+            view.record.memory.check()
         cache = self.engine.read_cache(output)
         forward.call.cache = None if cache is None else weakref.ref(cache)
+        forward.call.beams = self._memories.keep(forward.call, cache)
 
     def _check_caller(self) -> None:
         if self.participants and self.number not in _INSIDE.get():
@@ -371,25 +380,3 @@ def participants(model: nn.Module) -> Sequence[Participant]:
     """The blocks that are open on ``model``, outermost first."""
     session = _OPEN.get(model)
     return () if session is None else tuple(session.participants)
-
-
-class _Generate:
-    """What stands for ``model.generate`` inside a block; a copy of the model made there gets its own method back."""
-
-    def __init__(self, model: nn.Module, watched: Callable[..., Any]):
-        self._model, self._watched = model, watched
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._watched(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        kind: Any = type(self._model)
-        return MethodType(kind.generate, memo.get(id(self._model), self._model))
-
-
-def _restore(model: nn.Module, watched: Any, before: Any) -> None:
-    if model.__dict__.get("generate") is not watched:  # somebody else's by now: theirs stays, ours inside it is inert
-        return
-    del model.__dict__["generate"]
-    if before is not None:
-        model.__dict__["generate"] = before

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saeguard.errors import MissingMaximum
-from saeguard.gates import AnyActive
 from saeguard.ops import Amount
 from saeguard.plans import Rule
 from saeguard.sae import SAE
+from saeguard.triggers import AnyActive
 
 TINY = torch.finfo(torch.float32).tiny
 """Stands for the norm of a zero vector, so that no bound at infinity is multiplied by zero."""
