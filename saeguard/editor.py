@@ -125,7 +125,7 @@ def _bound_gate(rule: Rule, reads: Site, saes: Mapping[str, SAE]) -> BoundGate |
     leaves = []
     for leaf in rule.gate.leaves:
         sae = None if not leaf.latents else leaf.sae or rule.sae
-        own = saes[leaf.sae].site if leaf.sae is not None else reads
+        own = saes[leaf.sae].site if leaf.sae is not None and leaf.latents else reads
         if (site := leaf.site or own) is None:
             raise SiteNotFound(
                 f"the site of a gate of rule {rule}", f"neither the gate nor its SAE {leaf.sae} names one",

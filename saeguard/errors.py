@@ -42,11 +42,19 @@
     |  |- AuditUnavailable      there is no file that can be opened as this log
     |  |- AuditFailed           a record could not be written, so its request must not be answered
     |  '- AuditTampered         the log is not the chain that was written
+    |- PolicyError            a guardrail's policy is not to be trusted, or not for this model
+    |  |- BadPolicy             a field is out of its domain, or names an SAE that the policy does not have
+    |  |- BadPolicyFile         the file is not a policy: truncated, oversized, not JSON, unknown fields
+    |  |- BadSignature          not signed, changed since, or signed by somebody who is not trusted
+    |  |- StalePolicy           a policy that has been replaced is played back
+    |  |- BadSigningKey         a key is missing, is none, or others may read it
+    |  '- PolicyMismatch        the model, the tokenizer or an SAE is not the one it was made for
     '- GuardError             the model may have run without its edits
        |- GuardNotApplied       a forward pass went by and an edit did not run
        |- PlanNeverRan          the block ended and the model was never called
        |- UnstableEdit          an edit produced NaN or infinity
        |- GateFailed            a gate has no score, or has not seen what it decides on
+       |- UnguardedCall         a guarded model was called around its guardrail
        |- PhaseUnknown          prompt and generated tokens cannot be told apart here
        |- TokensUnknown         padding, special tokens or positions cannot be known here
        |- UnsupportedMode       an execution mode whose edits cannot be exact
@@ -234,6 +242,34 @@ class AuditTampered(AuditError):
     """An audit log is not the chain that was written, or ends before a head that is known."""
 
 
+class PolicyError(SaeguardError):
+    """The policy of a guardrail is not to be trusted, or not for this model."""
+
+
+class BadPolicy(PolicyError):
+    """A field of a policy is out of its domain, or names an SAE that the policy does not have."""
+
+
+class BadPolicyFile(PolicyError):
+    """The file is not a policy: truncated, oversized, not JSON, with unknown fields, or signed and spelled anew."""
+
+
+class BadSignature(PolicyError):
+    """A policy has to be signed and is not, was changed since, or was signed by somebody who is not trusted."""
+
+
+class StalePolicy(PolicyError):
+    """The policy's serial is lower than demanded: it has been replaced, and is played back."""
+
+
+class BadSigningKey(PolicyError):
+    """A key of a policy's signature is missing, is none, or others than its owner may read it."""
+
+
+class PolicyMismatch(PolicyError):
+    """The model, the tokenizer or an SAE is not the one that the policy was made for."""
+
+
 class GuardError(SaeguardError):
     """The model may have run without its edits."""
 
@@ -252,6 +288,10 @@ class UnstableEdit(GuardError):
 
 class GateFailed(GuardError):
     """A gate's score is NaN, or it has not seen all tokens of the row that it decides on."""
+
+
+class UnguardedCall(GuardError):
+    """A model under a guardrail was called without the guardrail saying which policy each row is under."""
 
 
 class PhaseUnknown(GuardError):

@@ -5,7 +5,7 @@ before and after the latest passes, so that it can go back when draft tokens are
 row again, and follows the rows when beams trade places.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -59,17 +59,59 @@ class Step:
 
     @property
     def end(self) -> int:
+        """The column after its last one."""
         return self.tokens.column + self.verdict.opened.shape[1]
+
+    @property
+    def trace(self) -> "Trace":
+        """What it said."""
+        tokens, verdict = self.tokens, self.verdict
+        return Trace(tokens.column, tokens.absolute, tokens.real, verdict.opened, verdict.score)
+
+    @property
+    def broken(self) -> Bool[Tensor, ""]:
+        """Whether a score is NaN, or a number that it was made of is no finite one."""
+        found = (self.verdict.score.isnan() & self.tokens.real).any()
+        for seen in self.seen:
+            finite = seen.f.isfinite().all(-1) & seen.x.isfinite().all(-1)
+            found = found | (seen.counts & ~finite).any()
+        return found
+
+    def upto(self, column: int, gate: Gate) -> "Step":
+        """Its part before ``column``."""
+        seen = tuple(one[: column - self.tokens.column] for one in self.seen)
+        after, verdict = gate.step(self.before, seen)
+        return Step(self.tokens.upto(column), self.before, after, seen, verdict)
+
+    def of_rows(self, rows: Int[Tensor, " row"]) -> "Step":
+        """Row i is what row ``rows[i]`` was."""
+        rows = rows.to(self.tokens.real.device)
+        before, after = (over_state(lambda part: part[rows], state) for state in (self.before, self.after))
+        seen = tuple(one.of_rows(rows) for one in self.seen)
+        return Step(self.tokens.of_rows(rows), before, after, seen, self.verdict.of_rows(rows))
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What a gate said over a call: ``row column`` each. ``absolute`` counts the row's real tokens."""
+    """What a gate said over a call: ``row column`` each, from column ``start`` on. ``absolute`` counts real tokens."""
 
+    start: int
     absolute: Int[Tensor, "row column"]
     real: Bool[Tensor, "row column"]
     opened: Bool[Tensor, "row column"]
     score: Float[Tensor, "row column"]
+
+    def upto(self, ends: Int[Tensor, " row"] | None) -> "Trace":
+        """Without each row's tokens from its end on, which were thrown away; None where that is unknown."""
+        if ends is None:
+            return self
+        kept = self.start + torch.arange(self.real.shape[1]) < ends[:, None]
+        return replace(self, real=self.real & kept)
+
+    def of_rows(self, rows: Int[Tensor, " row"]) -> "Trace":
+        """Row i is what row ``rows[i]`` was."""
+        rows = rows.to(self.real.device)
+        return Trace(self.start, self.absolute[rows], self.real[rows], self.opened[rows], self.score[rows])
 
     @property
     def fired(self) -> Bool[Tensor, " row"]:
@@ -94,52 +136,74 @@ class History:
     """One gate's memory of one call."""
 
     steps: list[Step] = field(default_factory=list)
-    forgotten: list[Step] = field(default_factory=list)
-    """Steps that can no longer be gone back over one by one; only their verdicts are kept."""
+    """The latest passes, oldest first."""
+    past: list[Trace] = field(default_factory=list)
+    """What was said before them."""
+
+    def during(self, tokens: TokenBatch) -> Step | None:
+        """The step of the pass of these very tokens, if it has been made."""
+        return self.steps[-1] if self.steps and self.steps[-1].tokens is tokens else None
 
     def back_to(self, column: int, bound: BoundGate, rows: int, device: torch.device) -> State:
-        """The state of all tokens before ``column``; what was remembered of later ones is forgotten."""
+        """The state of all tokens before ``column``; what was remembered of later ones is forgotten.
+
+        Raises `GateFailed`.
+        """
         if column == 0:
-            self.steps, self.forgotten = [], []
+            self.steps, self.past = [], []
             return bound.gate.begin(rows, device)
         while self.steps and self.steps[-1].tokens.column >= column:
             self.steps.pop()
         if not self.steps or self.steps[-1].end < column:
             raise GateFailed(
                 f"{type(bound.gate).__name__} from column {column} on",
-                "it has not seen the tokens before, which the cache holds already",
+                f"that lies before its latest {KEPT} passes, or before beams traded places"
+                if self.past
+                else "it has not seen the tokens before, which the cache holds already",
                 "Begin with an empty cache inside the block, or go on with one that was filled in this block.",
             )
+        if len(self.steps[-1].tokens.real) != rows:
+            raise GateFailed(
+                f"{type(bound.gate).__name__} from column {column} on",
+                f"it remembers {len(self.steps[-1].tokens.real)} rows, and the pass has {rows}",
+                "Change the rows of a cache by its own methods, inside the block.",
+            )
         if self.steps[-1].end > column:
-            self.steps[-1] = _cut(self.steps[-1], column, bound.gate)
+            self.steps[-1] = self.steps[-1].upto(column, bound.gate)
         return self.steps[-1].after
 
     def add(self, step: Step) -> None:
         """Remember a pass."""
         self.steps.append(step)
         if len(self.steps) > KEPT:
-            old = self.steps.pop(0)
-            self.forgotten.append(replace(old, before=(), after=(), seen=()))
+            self.past.append(self.steps.pop(0).trace)
+            if len(self.past) > KEPT:
+                self.past = [_joined(self.past)]
 
-    def reorder(self, rows: Int[Tensor, " row"]) -> None:
-        """Row i goes on from what row ``rows[i]`` was."""
+    def reorder(self, choose: Callable[[Tensor], Tensor]) -> None:
+        """Row i goes on from what the i-th of the rows that ``choose`` takes was; further back there is no way."""
         if self.steps:
             *earlier, last = self.steps
-            self.forgotten += [replace(step, before=(), after=(), seen=()) for step in earlier]
-            after = over_state(lambda state: state[rows.to(state.device)], last.after)
-            self.steps = [replace(last, before=(), after=after, seen=())]
+            rows = choose(torch.arange(len(last.tokens.real)))
+            said = [*self.past, *(step.trace for step in earlier)]
+            self.past = [_joined(said).of_rows(rows)] if said else []
+            self.steps = [last.of_rows(rows)]
+
+    def copy(self) -> "History":
+        """One that goes its own way from here."""
+        return History(list(self.steps), list(self.past))
 
     @property
     def trace(self) -> Trace | None:
         """All verdicts so far."""
-        steps = [*self.forgotten, *self.steps]
-        if not steps:
-            return None
-        join = lambda parts: torch.cat([part.detach().cpu() for part in parts], 1)
-        return Trace(
-            join([s.tokens.absolute for s in steps]), join([s.tokens.real for s in steps]),
-            join([s.verdict.opened for s in steps]), join([s.verdict.score for s in steps]),
-        )  # fmt: skip
+        said = [*self.past, *(step.trace for step in self.steps)]
+        return _joined(said) if said else None
+
+
+def _joined(traces: Sequence[Trace]) -> Trace:
+    """One after the other, on the CPU."""
+    join = lambda name: torch.cat([getattr(trace, name).detach().cpu() for trace in traces], 1)
+    return Trace(traces[0].start, join("absolute"), join("real"), join("opened"), join("score"))
 
 
 @dataclass(eq=False)
@@ -147,22 +211,24 @@ class Memory:
     """What the gates of one block remember of one call."""
 
     histories: dict[BoundGate, History] = field(default_factory=dict)
-    suspects: list[Tensor] = field(default_factory=list)
-    """Of the pass that runs now: whether a score is NaN."""
 
-    def check(self) -> None:
-        """Raise `GateFailed` where a score of this pass is NaN: such a gate counts as neither open nor closed."""
-        suspects, self.suspects = self.suspects, []
-        if suspects and bool(torch.stack([flag.cpu() for flag in suspects]).any()):
+    def check(self, tokens: TokenBatch) -> None:
+        """Raise `GateFailed` where a gate has no number to go by in this pass: it is neither open nor closed."""
+        steps = [step for history in self.histories.values() if (step := history.during(tokens)) is not None]
+        if steps and bool(torch.stack([step.broken.cpu() for step in steps]).any()):
             raise GateFailed(
-                "the gates of a pass", "a score is NaN, so that nobody knows whether it is open",
-                "Check the SAE and the gate's weights; nothing was sampled from this pass.",
+                "the gates of a pass", "a score, or what it is made of, is NaN or infinite, so that nobody knows "
+                "whether it is open", "Check the SAE and the gate's weights; nothing was sampled from this pass.",
             )  # fmt: skip
 
-    def reorder(self, rows: Int[Tensor, " row"]) -> None:
-        """Follow beams that traded places."""
+    def reorder(self, choose: Callable[[Tensor], Tensor]) -> None:
+        """Follow rows that traded places: ``choose`` takes the new ones from the old."""
         for history in self.histories.values():
-            history.reorder(rows)
+            history.reorder(choose)
+
+    def copy(self) -> "Memory":
+        """One that goes its own way from here."""
+        return Memory({bound: history.copy() for bound, history in self.histories.items()})
 
 
 class Gating:
@@ -202,41 +268,30 @@ class Gating:
 
     def _opened(self, bound: BoundGate, streams: Mapping[Site, Tensor], tokens: TokenBatch, memory: Memory) -> Mask:
         history = memory.histories.setdefault(bound, History())
-        if history.steps and history.steps[-1].tokens is tokens:  # another site of the same pass has asked
-            return history.steps[-1].verdict.opened
+        if (step := history.during(tokens)) is not None:  # another site of the same pass has asked
+            return step.verdict.opened
         before = history.back_to(tokens.column, bound, tokens.real.shape[0], tokens.real.device)
         seen = tuple(self._seen(leaf, streams[leaf.site], tokens) for leaf in bound.leaves)
         after, verdict = bound.gate.step(before, seen)
         history.add(Step(tokens, before, after, seen, verdict))
-        memory.suspects.append((verdict.score.isnan() & tokens.real).any())
         return verdict.opened
 
     def _seen(self, leaf: BoundLeaf, x: Tensor, tokens: TokenBatch) -> Seen:
-        x = x.detach().float()
         home = tokens.real.device  # with a device map the streams of two leaves can be apart
-        f, raw = x[..., :0], x
+        f = raw = torch.zeros(*x.shape[:2], 0, device=home)
         if leaf.sae is not None:
             with torch.autocast(x.device.type, enabled=False):
                 sae = self._slice_on(leaf, x.device)
-                f, raw = sae.activate(sae.read(x).x), x[..., :0]
-        since = tokens.since_prompt
-        prompt, ready = (None, None) if since is None else (since < 0, since >= -1)
-        return Seen(f.to(home), raw.to(home), tokens.select(Where(special=leaf.special)), prompt, ready)
+                f = sae.activate(sae.read(x.detach().float()).x).to(home)
+        elif leaf.width is not None:  # a copy, to go back to: a model may write into its own stream
+            raw = x.detach().to(home, torch.float32, copy=True)
+        since, prompt, ready = tokens.since_prompt, None, None
+        if since is not None:
+            prompt, ready = (since < 0) & tokens.real, since >= -1
+        return Seen(f, raw, tokens.select(Where(special=leaf.special)), prompt, ready)
 
     def _slice_on(self, leaf: BoundLeaf, device: torch.device) -> SAE:
         if (leaf, device) not in self._slices:
             known = next(sae for (other, _), sae in self._slices.items() if other == leaf)
             self._slices[leaf, device] = known.to(device=device)
         return self._slices[leaf, device]
-
-
-def _cut(step: Step, column: int, gate: Gate) -> Step:
-    """The part of a step before ``column``. Raises `GateFailed` for one whose rows have traded places since."""
-    if not step.seen:
-        raise GateFailed(
-            f"{type(gate).__name__} from column {column} on", "beams have traded places since, and it cannot go back",
-            "Use beams without an assistant.",
-        )  # fmt: skip
-    seen = tuple(one[: column - step.tokens.column] for one in step.seen)
-    after, verdict = gate.step(step.before, seen)
-    return Step(step.tokens.upto(column), step.before, after, seen, verdict)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saeguard.axes import Mask
 from saeguard.editor import Edit
-from saeguard.gating import Memory
+from saeguard.gating import BoundGate, Memory, Trace
 from saeguard.sites import Site
 from saeguard.tokens import TokenBatch
 
@@ -91,6 +91,12 @@ class CallRecord:
     memory: Memory = field(default_factory=Memory)
     ends: Int[Tensor, " row"] | None = None
     tracks: dict[Site, Track] = field(default_factory=dict)
+
+    def trace(self, gate: BoundGate) -> Trace | None:
+        """What a gate said of the tokens of this call that counted."""
+        history = self.memory.histories.get(gate)
+        trace = None if history is None else history.trace
+        return None if trace is None else trace.upto(self.ends)
 
     def track(self, site: Site) -> Track:
         return self.tracks.setdefault(site, Track())

@@ -16,9 +16,8 @@ from typing import Any
 from saeguard import strict_json
 from saeguard.dense import DENSE_OPS, Reweight, Splice
 from saeguard.errors import BadPlanFile, BadRule, EmptyPlan, OverlappingRules, UnknownOp, UnknownSchema
-from saeguard.gates import GATES
 from saeguard.gates.base import Gate
-from saeguard.gates.written import gate_from_dict, gate_to_dict
+from saeguard.gates.written import check_gate, gate_from_dict, gate_to_dict
 from saeguard.ops import OPS, Ablate, Add, AtLeast, AtMost, Clamp, Lowered, Scale
 from saeguard.sites import Site
 from saeguard.tokens import Phase, Where
@@ -26,7 +25,7 @@ from saeguard.triggers import TRIGGERS, AnyActive, as_latents
 
 SCHEMA = 1
 MAX_BYTES = 16_000_000
-MAX_DEPTH = 12
+MAX_DEPTH = 24
 _ALL_OPS = OPS | DENSE_OPS
 
 
@@ -68,8 +67,8 @@ class Rule:
                 raise BadRule(f"rule with {name}={site!r}", "that is not a site", "Use Site('resid_post', 12).")
         if self.trigger is not None and type(self.trigger) not in TRIGGERS.values():
             raise BadRule(f"rule with trigger={self.trigger!r}", "that is not a trigger", "Use AnyActive(latents).")
-        if self.gate is not None and type(self.gate) not in GATES.values():
-            raise BadRule(f"rule with gate={self.gate!r:.60}", "that is not a gate", f"Gates: {', '.join(GATES)}.")
+        if self.gate is not None:
+            check_gate(self.gate)
         if type(self.op) not in _ALL_OPS.values():
             raise BadRule(f"rule with op={self.op!r}", "that is not an op", f"Ops: {', '.join(_ALL_OPS)}.")
         if self.priority is not None and (isinstance(self.priority, bool) or not isinstance(self.priority, int)):
@@ -230,7 +229,7 @@ def parse_json(text: str | bytes) -> Any:
         document = strict_json.parse(text)
     except ValueError as error:
         raise BadPlanFile("a plan file", f"it is not JSON ({error})", "Write it with Plan.to_json.") from error
-    if _depth(document) > MAX_DEPTH:
+    if strict_json.depth(document) > MAX_DEPTH:
         raise BadPlanFile("a plan file", f"it nests deeper than {MAX_DEPTH} levels", "Write it with Plan.to_json.")
     return document
 
@@ -295,16 +294,3 @@ def _check_keys(what: str, entry: Any, allowed: set[str], required: set[str]) ->
     unknown, missing = sorted(set(entry) - allowed), sorted(required - set(entry))
     if unknown or missing:
         raise BadPlanFile(f"a {what}", f"unknown keys {unknown}, missing keys {missing}", f"Keys: {sorted(allowed)}.")
-
-
-def _depth(document: Any) -> int:
-    level, depth = [document], 0
-    while level:
-        depth += 1
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-    return depth

@@ -9,7 +9,6 @@ from saeguard.editor import BoundRule
 from saeguard.gating import BoundGate
 from saeguard.ledger import CallRecord, positions
 
-
 LONGEST = 120
 """Characters of a gate that are shown."""
 
@@ -95,9 +94,10 @@ def _short(gate: BoundGate) -> str:
 def _of_gate(gate: BoundGate, calls: Sequence[CallRecord]) -> GateReport:
     first, peak = [], []
     for call in calls:
-        history = call.memory.histories.get(gate)
-        trace = None if history is None else history.trace
+        trace = call.trace(gate)
         if trace is None:
+            first.append(())
+            peak.append(())
             continue
         first.append(tuple(None if place < 0 else place for place in trace.first.tolist()))
         peak.append(tuple(score if math.isfinite(score) else None for score in trace.peak.tolist()))

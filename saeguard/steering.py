@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any, ParamSpec, TypeVar
 
@@ -44,26 +45,35 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """Plans, bound to a model: what `prepare` found."""
+
+    engine: Engine
+    places: dict[Site, Place]
+    rules: tuple[BoundRule, ...]
+    editors: dict[Site, Editor]
+    saes: Mapping[str, SAE]
+    special_ids: frozenset[int]
+
+
 class Run:
     """A steer block: what is applied, and after or during it, `report`."""
 
     def __init__(
         self,
         plans: Sequence[Plan | None],
-        rules: tuple[BoundRule, ...],
-        editors: dict[Site, Editor],
-        saes: Mapping[str, SAE],
+        ready: Ready,
         *,
         every_row: bool,
-        special_ids: Iterable[int],
         prompt_tokens: int | tuple[int, ...] | None,
     ):
         self.plans = tuple(plans)
-        self.rules = rules
-        self.editors = editors
-        self.saes = saes
-        self.sites = frozenset(editors).union(*(editor.reads for editor in editors.values()))
-        self.special_ids: Int[Tensor, " n"] = torch.tensor(sorted(special_ids), dtype=torch.long)
+        self.rules = ready.rules
+        self.editors = ready.editors
+        self.saes = ready.saes
+        self.sites = frozenset(self.editors).union(*(editor.reads for editor in self.editors.values()))
+        self.special_ids: Int[Tensor, " n"] = torch.tensor(sorted(ready.special_ids), dtype=torch.long)
         self.prompt_tokens = prompt_tokens
         self.calls: list[CallRecord] = []
         self._every_row = every_row
@@ -136,9 +146,41 @@ def steer(
     block open, `GuardError` from a pass whose edits cannot be exact, and `PlanNeverRan` at the end of a block in
     which the model was never called.
     """
-    engine = engine_for(model, layout)
     every_row = plan is None or isinstance(plan, Plan)
     plans: list[Plan | None] = [plan] if plan is None or isinstance(plan, Plan) else list(plan)
+    ready = prepare(model, plans, every_row=every_row, saes=saes, tokenizer=tokenizer, special_ids=special_ids,
+                    layout=layout, kernel=kernel)  # fmt: skip
+    run = Run(plans, ready, every_row=every_row, prompt_tokens=_prompt_tokens(prompt_tokens))
+    session = join(ready.engine, run, ready.places)
+    try:
+        yield run
+    finally:
+        leave(session, run)
+    if run.rules and not run.calls:
+        raise PlanNeverRan(
+            f"a plan of {len(run.rules)} rules",
+            "the block ended and the model was not called inside it",
+            "Call the model inside the block; a compiled or wrapped copy made before it does not count.",
+        )
+
+
+def prepare(
+    model: nn.Module,
+    plans: Sequence[Plan | None],
+    *,
+    every_row: bool,
+    saes: SAE | Iterable[SAE] | Mapping[str, SAE] = (),
+    tokenizer: Any = None,
+    special_ids: Iterable[int] | None = None,
+    layout: Layout | None = None,
+    kernel: KernelName | None = None,
+    replaces: "Run | None" = None,
+) -> "Ready":
+    """All that can be settled, and refused, before the model is touched; see `steer`.
+
+    The plans will not meet those of ``replaces``. Raises `BindError`.
+    """
+    engine = engine_for(model, layout)
     loaded = _load(plans, saes)
     rules = bind(plans, loaded, every_row=every_row)
     places = places_of(engine, [site for bound in rules for site in bound.sites])
@@ -146,26 +188,12 @@ def steer(
         _check_fit(loaded[bound.rule.sae], places[bound.reads], places[bound.site], engine)
         _check_gate(bound, loaded, places, engine)
     loaded = {name: _corrected(name, sae, rules, engine) for name, sae in loaded.items()}
-    _check_nesting(model, rules, loaded)
+    _check_nesting([outer for outer in participants(model) if outer is not replaces], rules, loaded)
     editors = {
         site: Editor(site, rules, loaded, device=places[site].device, kernel=kernel)
         for site in dict.fromkeys(bound.site for bound in rules)
     }
-    run = Run(
-        plans, rules, editors, loaded, every_row=every_row, prompt_tokens=_prompt_tokens(prompt_tokens),
-        special_ids=_special_ids(special_ids, tokenizer, engine, loaded),
-    )  # fmt: skip
-    session = join(engine, run, places)
-    try:
-        yield run
-    finally:
-        leave(session, run)
-    if rules and not run.calls:
-        raise PlanNeverRan(
-            f"a plan of {len(rules)} rules",
-            "the block ended and the model was not called inside it",
-            "Call the model inside the block; a compiled or wrapped copy made before it does not count.",
-        )
+    return Ready(engine, places, rules, editors, loaded, _special_ids(special_ids, tokenizer, engine, loaded))
 
 
 def _load(plans: Sequence[Plan | None], saes: SAE | Iterable[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
@@ -257,8 +285,8 @@ def _corrected(name: str, sae: SAE, rules: Sequence[BoundRule], engine: Engine) 
     return on_plain_weights(sae, engine, reads, writes)
 
 
-def _check_nesting(model: nn.Module, rules: Sequence[BoundRule], saes: Mapping[str, SAE]) -> None:
-    for outer in participants(model):
+def _check_nesting(outside: Sequence[Any], rules: Sequence[BoundRule], saes: Mapping[str, SAE]) -> None:
+    for outer in outside:
         if not isinstance(outer, Run):
             continue
         for theirs, ours in product(outer.rules, rules):
@@ -298,13 +326,12 @@ def _check_bos(tokenizer: Any, saes: Mapping[str, SAE]) -> None:
             )
 
 
-def _special_ids(given: Iterable[int] | None, tokenizer: Any, engine: Engine, saes: Mapping[str, SAE]) -> set[int]:
+def _special_ids(
+    given: Iterable[int] | None, tokenizer: Any, engine: Engine, saes: Mapping[str, SAE]
+) -> frozenset[int]:
     if given is not None:
-        return set(given)
+        return frozenset(given)
     if tokenizer is not None:
         _check_bos(tokenizer, saes)
-        return set(tokenizer.all_special_ids)
-    found = set(engine.special_ids())
-    for sae in saes.values():
-        found |= set(sae.manifest.get("special_ids", ()))
-    return found
+        return frozenset(tokenizer.all_special_ids)
+    return frozenset(engine.special_ids()).union(*(sae.manifest.get("special_ids", ()) for sae in saes.values()))

@@ -12,6 +12,20 @@ def parse(text: str | bytes) -> Any:
         raise ValueError("it nests too deep") from error
 
 
+def depth(document: Any) -> int:
+    """How many levels of objects and lists ``document`` has, a bare value counting as one."""
+    level, levels = [document], 0
+    while level:
+        levels += 1
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    return levels
+
+
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):

@@ -82,6 +82,12 @@ class TokenBatch:
         since = None if self.since_prompt is None else self.since_prompt[:, :n]
         return TokenBatch(self.real[:, :n], self.absolute[:, :n], special, since, self.column)
 
+    def of_rows(self, rows: Int[Tensor, " row"]) -> "TokenBatch":
+        """Row i is what row ``rows[i]`` was."""
+        special = None if self.special is None else self.special[rows]
+        since = None if self.since_prompt is None else self.since_prompt[rows]
+        return TokenBatch(self.real[rows], self.absolute[rows], special, since, self.column)
+
     def _select(self, where: Where) -> Mask:
         selected = self.real
         if not where.special:

@@ -1,5 +1,6 @@
 """Triggers: frozen data that decides, token by token, whether a rule applies there."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,7 +52,7 @@ TRIGGERS: dict[str, Any] = {"any_active": AnyActive}
 
 def as_latents(what: str, latents: Any) -> tuple[int, ...]:
     """``latents`` as a tuple of distinct non-negative ints. Raises `BadRule`."""
-    found: tuple[Any, ...] = (latents,) if isinstance(latents, int) else tuple(latents)
+    found = tuple(latents) if isinstance(latents, Iterable) else (latents,)
     wrong = [latent for latent in found if isinstance(latent, bool) or not isinstance(latent, int) or latent < 0]
     if wrong:
         raise BadRule(f"{what} latents", f"{wrong[0]!r} is not a latent", "Latents are integers from 0 upwards.")

@@ -1,5 +1,6 @@
 """Records and logs for the tests of the audit log."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,22 @@ def record(number: int = 1, **changes: Any) -> AuditRecord:
     return AuditRecord(**(values | changes))
 
 
-def chain(n: int, key: AuditKey | None = KEY, *, first: int = 1) -> list[bytes]:
+def short_record(number: int) -> AuditRecord:
+    """A request that ended early."""
+    fired = {"resid_post.12": Fired(rows=1, tokens=0, expected=number)}
+    return AuditRecord(
+        request_id=f"r{number}", decision="refuse", reason_code="gate.fired", guard_status="partial", fired=fired,
+        gates={"logistic": 0.25},
+    )  # fmt: skip
+
+
+def chain(
+    n: int, key: AuditKey | None = KEY, *, first: int = 1, make: Callable[[int], AuditRecord] = record
+) -> list[bytes]:
     """The lines of a log of ``n`` records, without a file."""
     lines, head = [], START
     for number in range(first, first + n):
-        line, head = seal(record(number), head, ts=TS, key=key)
+        line, head = seal(make(number), head, ts=TS, key=key)
         lines.append(line)
     return lines
 

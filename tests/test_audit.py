@@ -145,6 +145,14 @@ def test_exception_whose_class_has_a_strange_name_is_recorded_under_another():
 # Keys
 
 
+def refused_with_locals(path: Path) -> list[str]:
+    try:
+        AuditKey.from_file(path)
+    except BadAuditKey as error:
+        return list(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+    return []
+
+
 def test_key_is_shown_by_no_repr_format_pickle_or_traceback_with_locals(tmp_path):
     secret = b"sixteen bytes and some more"
     path = tmp_path / "key"
@@ -155,12 +163,9 @@ def test_key_is_shown_by_no_repr_format_pickle_or_traceback_with_locals(tmp_path
     with pytest.raises(BadAuditKey):
         pickle.dumps(key)
     path.write_bytes(secret[:15])
-    try:
-        AuditKey.from_file(path)
-    except BadAuditKey as error:
-        shown += traceback.TracebackException.from_exception(error, capture_locals=True).format()
+    shown += refused_with_locals(path)
 
-    assert len(shown) > 4
+    assert any("hidden" in text for text in shown[3:])
     assert not any(secret[:8].decode() in text for text in shown)
 
 

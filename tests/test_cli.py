@@ -15,6 +15,7 @@ COMMANDS = (
     (), ("demo",), ("steer",), ("plan",), ("assets",), ("models",), ("train",), ("boost",), ("inspect",),
     ("convert",), ("error",), ("compare",),
     ("latents",), ("latents", "search"), ("latents", "show"), ("latents", "contexts"),
+    ("audit",), ("audit", "verify"), ("audit", "show"),
 )  # fmt: skip
 
 

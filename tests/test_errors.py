@@ -36,6 +36,9 @@ from saeguard import (
     steer,
 )  # fmt: skip
 from saeguard.engines import engine_for
+from saeguard.guarding.audit import AuditLog
+from saeguard.guarding.keys import AuditKey
+from saeguard.guarding.records import AuditRecord
 from saeguard.loaders.convert import convert
 from saeguard.loaders.native import save_sae
 from saeguard.models import find_demo, verify_sha256
@@ -115,6 +118,17 @@ def busy(_: Path) -> None:
 
 def compiled(_: Path) -> None:
     run(add_plan(1), model=torch.compile(tiny_model(), backend="eager"))  # type: ignore[arg-type]
+
+
+def deleted_log(folder: Path) -> None:
+    log = AuditLog(folder / "a.jsonl")
+    log.path.unlink()
+    log.write(AuditRecord(request_id="r", decision="allow", reason_code="gate.quiet", guard_status="ran"))
+
+
+def foreign_log(folder: Path) -> None:
+    (folder / "a.jsonl").write_text("2026-11-23 10:15 something happened\n")
+    AuditLog(folder / "a.jsonl")
 
 
 def bypassed(_: Path) -> None:
@@ -260,6 +274,11 @@ CASES: dict[str, Case] = {
     "conversion without memory": (errors.ConversionStopped, "Allow more with memory_bytes", lambda folder: convert(LOOKALIKES["goodfire"].write(folder), folder / "out", memory_bytes=1)),
     "hash": (errors.HashMismatch, "Nothing of it was used", hash_mismatch),
     "no such model": (errors.ModelUnavailable, "Give one of these names, or the path", lambda _: find_demo("gpt-9")),
+    "record that contradicts itself": (errors.BadRecord, 'reason_code that it went by the guard: "bypass."', lambda _: AuditRecord(request_id="r", decision="allow", reason_code="gate.quiet", guard_status="not_run")),
+    "short audit key": (errors.BadAuditKey, "16 random bytes or more", lambda _: AuditKey(b"short")),
+    "audit log in no folder": (errors.AuditUnavailable, "it cannot be written", lambda folder: AuditLog(folder / "none" / "a.jsonl")),
+    "audit log that was deleted": (errors.AuditFailed, "Refuse the request, mend the cause", deleted_log),
+    "audit log of another kind": (errors.AuditTampered, "start a new log under another name", foreign_log),
     "no training text": (errors.TrainError, "there is no document in them. Give .txt files", lambda folder: corpus(folder, "", SimpleNamespace(bos_token_id=1))),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ PER_FAMILY_FILE = cases(8_000) if FULL else cases(400)
 PER_EXAMPLE = 10
 MAX_SECONDS = 1.0
 MAX_BYTES = 256 << 20
-MAX_CORPUS_BYTES = 300_000
+MAX_CORPUS_BYTES = 320_000
 
 pytestmark = pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
 

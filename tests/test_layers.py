@@ -15,7 +15,7 @@ PACKAGE = ROOT / "saeguard"
 
 LAYERS = [
     {"errors", "axes", "strict_json"},
-    {"sites", "wheels", "tokens", "ops", "norms", "activations"},
+    {"sites", "wheels", "tokens", "ops", "norms", "activations", "fingerprints"},
     {"sae", "triggers", "dense", "archives"},
     {"boosted", "gates"},
     {"plans", "loaders"},
@@ -50,6 +50,7 @@ HOMES = {
     "nnsight": {"engines/nnsight.py"},
     "vllm": {"engines/vllm.py"},
     "triton": {"kernels/triton.py"},
+    "cryptography": {"guarding/signing.py"},
 }
 
 
@@ -195,7 +196,7 @@ socket.socket.connect = socket.getaddrinfo = refuse
 before = (list(logging.root.handlers), logging.root.level)
 import saeguard
 assert before == (logging.root.handlers, logging.root.level), "import saeguard configured logging"
-extras = {"matplotlib", "scipy", "gguf", "transformer_lens", "nnsight", "vllm", "sentence_transformers"}
+extras = {"matplotlib", "scipy", "gguf", "transformer_lens", "nnsight", "vllm", "sentence_transformers", "cryptography"}
 loaded = sorted(extras & set(sys.modules))
 sys.exit(f"import saeguard imports {loaded}" if loaded else 0)
 """

@@ -16,10 +16,11 @@ from saeguard.errors import (
     UnsupportedMode,
     WidthMismatch,
 )
+from saeguard.fingerprints import model_fingerprint
 from saeguard.loaders import shipped
 from saeguard.scoring import accumulators
 from saeguard.scoring.accumulators import Accumulator, fired, pieces
-from saeguard.scoring.cache import Cache, model_fingerprint
+from saeguard.scoring.cache import Cache
 from saeguard.scoring.reading import SiteReader
 from saeguard.scoring.statistics import gather
 from saeguard.scoring.texts import Batch, Texts

@@ -12,6 +12,7 @@ from saeguard.cli import (
     latents,
     models,
     plans,
+    policies,
     profiles,
     reading,
     scoring,
@@ -51,6 +52,7 @@ app.add_typer(latents.app, name="latents")
 app.command("score")(scoring.score)
 app.command("select")(selecting.select)
 app.add_typer(auditing.app, name="audit")
+app.add_typer(policies.app, name="policy")
 app.command("assets")(assets.assets)
 app.command("inspect")(sources.inspect)
 app.command("convert")(sources.convert)

@@ -10,7 +10,6 @@ from torch import Tensor
 from saeguard.axes import Stream
 from saeguard.editor import Edit, Editor
 from saeguard.engines.base import Pass, Request
-from saeguard.engines.memories import Beams
 from saeguard.errors import GuardNotApplied, RowsMismatch, TokensUnknown
 from saeguard.ledger import CallRecord
 from saeguard.sites import Site
@@ -34,7 +33,11 @@ class Participant(Protocol):
     """Sites that it edits, reads or looks at."""
     editors: dict[Site, Editor]
     special_ids: Int[Tensor, " n"]
-    prompt_tokens: int | tuple[int, ...] | None
+
+    @property
+    def prompt_tokens(self) -> int | tuple[int, ...] | None:
+        """Real tokens of the prompts of passes outside of generate, where somebody said so."""
+        ...
 
     def cover(self, rows: int, request: Request | None) -> Bool[Tensor, "batch rules"]:
         """Which rules each forward row is under. Raises `RowsMismatch`."""
@@ -57,22 +60,10 @@ class Call:
     blocks: tuple[Participant, ...] = ()
     """The blocks that were open when a generate call began."""
     records: dict[Participant, CallRecord] = field(default_factory=dict)
-    beams: Beams | None = None
-    """Where rows trade places and gates have to follow."""
     cache: Any = None
     reached: int | None = None
     """The column after the last one that was passed."""
     rows: int | None = None
-
-    def check_beams(self, seen: Pass) -> None:
-        """Refuse a pass before which beams should have traded places and nobody was told. Raises `GateFailed`."""
-        if self.beams is not None and seen.column > 0:
-            self.beams.check()
-
-    def end(self) -> None:
-        """Let go of the cache."""
-        if self.beams is not None:
-            self.beams.close()
 
     def continues(self, seen: Pass) -> bool:
         """Whether a pass belongs to this call: an empty cache, or another number of rows, starts another one."""

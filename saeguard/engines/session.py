@@ -9,14 +9,15 @@ import contextvars
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from saeguard.axes import Stream
+from saeguard.engines import inside
 from saeguard.engines.base import Engine, Pass, Place, outside_graphs
 from saeguard.engines.calls import Call, Forward, Participant, View, stream_at, tokens_of, unseen
 from saeguard.engines.memories import Memories
@@ -27,7 +28,6 @@ from saeguard.sites import Site
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_INSIDE: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("saeguard_sessions", default=frozenset())
 _OPEN: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 _NUMBERS = itertools.count()
@@ -72,7 +72,7 @@ class Session:
             undo.pop_all()
         self.participants.append(participant)
         self._needed = self._needs()
-        _INSIDE.set(_INSIDE.get() | {self.number})
+        inside.enter(self.number)
 
     def remove(self, participant: Participant) -> None:
         """Remove exactly the hooks that nobody else needs."""
@@ -83,8 +83,22 @@ class Session:
         self._needed = self._needs()
         if not self.participants:
             self._method.close()
+            self._memories.close()
             self._close_when_idle()
-            _INSIDE.set(_INSIDE.get() - {self.number})
+            inside.leave(self.number)
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """This thread's passes run as if no block were open. For a guardrail whose policy says so, and nothing else."""
+        before, self._local.muted = self._is_muted, True
+        try:
+            yield
+        finally:
+            self._local.muted = before
+
+    @property
+    def _is_muted(self) -> bool:
+        return getattr(self._local, "muted", False)
 
     def _begin(self) -> None:
         with self._counting:
@@ -138,7 +152,7 @@ class Session:
         """``generate`` with its request read before the first pass."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if not self.participants:  # somebody kept ``model.generate`` from inside the block
+            if not self.participants or self._is_muted:  # somebody kept ``model.generate`` from inside the block
                 return generate(*args, **kwargs)
             self._check_caller()
             request = self.engine.read_request(args, kwargs)
@@ -150,7 +164,6 @@ class Session:
                 self._check_open(call.blocks)
             finally:
                 self._forget()
-                call.end()
                 self._local.call = outer
                 self._end()
             self._check_ran(call)
@@ -177,7 +190,7 @@ class Session:
         if running is not None:
             self._check_open(running.blocks)
         self._check_open(getattr(self._local, "bound", ()))
-        if not self.participants:
+        if not self.participants or self._is_muted:
             return
         self._check_caller()
         self._check_original(module)
@@ -186,13 +199,13 @@ class Session:
         call = self._call_for(seen)
         if call.reached is not None and seen.column > call.reached:
             raise unseen(call, seen.column)
-        call.check_beams(seen)
+        self._memories.check(call.records, call.request, seen)
         call.reached, call.rows = seen.column + seen.width, seen.rows
         views = {}
         for participant in self.participants:
             if participant not in call.records:
                 call.records[participant] = participant.open_record(call.request)
-                self._memories.resume(participant, call.records[participant], seen)
+            self._memories.resume(participant, call.records[participant], seen)
             covers = participant.cover(seen.rows, call.request).to(seen.device)
             views[participant] = View(tokens_of(seen, participant, call.request), covers, call.records[participant])
         self._local.forward = Forward(call, views, seen.rows, seen.width, self.sites)
@@ -256,7 +269,7 @@ class Session:
 
     def _change_at(self, site: Site, place: Place) -> Callable[[Stream], Stream]:
         def change(carried: Stream) -> Stream:
-            if not self.participants:  # a compiled graph may call this hook after the block has ended
+            if not self.participants or self._is_muted:  # a compiled graph may call this hook after the block
                 return carried
             forward = self._forward_at(site, carried)
             base = None if place.base is None else stream_at(forward, place.base, site)
@@ -316,13 +329,13 @@ class Session:
                 "Use smaller amounts, or a dtype with more range; nothing was sampled from this pass.",
             )
         for view in forward.views.values():
-            view.record.memory.check()
+            view.record.memory.check(view.tokens)
         cache = self.engine.read_cache(output)
         forward.call.cache = None if cache is None else weakref.ref(cache)
-        forward.call.beams = self._memories.keep(forward.call, cache)
+        self._memories.keep(forward.call.records, cache)
 
     def _check_caller(self) -> None:
-        if self.participants and self.number not in _INSIDE.get():
+        if self.participants and not inside.is_inside(self.number):
             raise ModelBusy(
                 f"a call of {type(self.engine.model).__name__} from another thread or task",
                 "a steer or capture block is open on it elsewhere, and this caller is not inside it",
@@ -334,7 +347,7 @@ def join(engine: Engine, participant: Participant, places: dict[Site, Place]) ->
     """Open a session on the engine's model, or join the one that is open. Raises `ModelBusy`."""
     with _LOCK:
         session = _OPEN.get(engine.model)
-        if session is not None and session.number not in _INSIDE.get():
+        if session is not None and not inside.is_inside(session.number):
             raise ModelBusy(
                 f"steering {type(engine.model).__name__}",
                 "another thread or task has a steer or capture block open on it",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saeguard.axes import Mask, Stream
@@ -24,9 +24,9 @@ State = tuple[Any, ...]
 class Seen:
     """What one leaf sees of one pass. ``f`` holds its latents' activations in its order, ``x`` the stream itself.
 
-    ``counts`` are the tokens that it may look at: real, and not special unless it asks for those. ``prompt`` says which
-    tokens belong to the prompt, and ``ready`` at which tokens the whole prompt has been seen: its last token and all
-    that follow. Both are None where the call does not say where its prompt ends.
+    ``counts`` are the tokens that it may look at: real, and not special unless it asks for those. ``prompt`` are the
+    prompt's real tokens, and ``ready`` says at which tokens the whole prompt has been seen: its last one and all that
+    follow. Both are None where the call does not say where its prompt ends.
     """
 
     f: Float[Tensor, "batch pos k"]
@@ -36,16 +36,37 @@ class Seen:
     ready: Mask | None
 
     def __getitem__(self, columns: slice) -> "Seen":
-        cut = lambda tensor: None if tensor is None else tensor[:, columns]
-        return Seen(self.f[:, columns], self.x[:, columns], self.counts[:, columns], cut(self.prompt), cut(self.ready))
+        return self._each(lambda tensor: tensor[:, columns])
+
+    def of_rows(self, rows: Int[Tensor, " row"]) -> "Seen":
+        """Row i is what row ``rows[i]`` was."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def _each(self, part: Callable[[Tensor], Tensor]) -> "Seen":
+        prompt = None if self.prompt is None else part(self.prompt)
+        ready = None if self.ready is None else part(self.ready)
+        return Seen(part(self.f), part(self.x), part(self.counts), prompt, ready)
 
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """Per token: whether the gate is open there, and the score that decided, for people and for calibration."""
+    """Per token: whether the gate is open there, and the score that decided, for people and for calibration.
+
+    A score of -inf stands for none: nothing has been counted in the row, or its prompt is not over. Such a gate is
+    closed, and so is its `Not`, so that a row's padding and its special tokens open nothing.
+    """
 
     opened: Mask
     score: Float[Tensor, "batch pos"]
+
+    @property
+    def closed(self) -> Mask:
+        """Where a score says so; neither open nor closed is a gate without one."""
+        return ~self.opened & ~self.score.isneginf()
+
+    def of_rows(self, rows: Int[Tensor, " row"]) -> "Verdict":
+        """Row i is what row ``rows[i]`` was."""
+        return Verdict(self.opened[rows], self.score[rows])
 
 
 @runtime_checkable
@@ -69,11 +90,6 @@ class Leaf(Protocol):
     @property
     def width(self) -> int | None:
         """Of the stream that it was fitted on, where it reads that as it is; None for latents."""
-        ...
-
-    @property
-    def needs_phase(self) -> bool:
-        """Whether it has to know where the prompt ends."""
         ...
 
 
@@ -107,12 +123,12 @@ def over_state(function: Callable[[Tensor], Tensor], state: State) -> State:
 
 def carried(states: Tensor, before: Tensor) -> Tensor:
     """The last of the ``batch pos ...`` states of a pass; after a pass of no tokens, what was ``before``."""
-    return states[:, -1] if states.shape[1] else before
+    return states[:, -1].clone() if states.shape[1] else before  # a view would keep those of all tokens alive
 
 
 def running(values: Tensor, before: Tensor) -> Tensor:
-    """Sums over the tokens up to each one, ``batch pos *rest``, on top of what was there before the pass."""
-    return values.cumsum(1) + before[:, None]
+    """Sums over the tokens up to each one, ``batch pos *rest``, in one order however the tokens are cut into passes."""
+    return torch.cat([before[:, None], values], 1).cumsum(1)[:, 1:]
 
 
 def latest(opened: Bool[Tensor, "batch pos"], before: Bool[Tensor, " batch"]) -> Bool[Tensor, "batch pos"]:

@@ -1,7 +1,7 @@
 """Gates of gates: and, or, not, and once open, open for good.
 
-Scores of different gates share no scale, so that of And and Or is 1 where they are open and 0 elsewhere; Not and
-Latched report the score of the gate inside.
+Scores of different gates share no scale, so that of And and Or is 1 where they are open, 0 where they are closed, and
+-inf where that depends on a gate that has no score yet; Not and Latched report the score of the gate inside.
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from saeguard.axes import Mask
 from saeguard.errors import BadRule
-from saeguard.gates.base import Gate, Leaf, Seen, State, Verdict, latest
+from saeguard.gates.base import Gate, Leaf, Seen, State, Verdict, carried, latest
 
 
 class _Several:
@@ -23,8 +25,10 @@ class _Several:
         given: Any = self.gates
         gates = tuple(given) if isinstance(given, list | tuple) else (given,)
         object.__setattr__(self, "gates", gates)
-        if not gates or not all(isinstance(gate, Gate) for gate in gates):
-            raise BadRule(f"{type(self).__name__}({given!r:.60})", "these are not gates", "Give one gate or more.")
+        if not gates:
+            raise BadRule(f"{type(self).__name__}(())", "it has no gates", "Give one gate or more.")
+        for gate in gates:
+            _check_gate(type(self).__name__, gate)
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -56,7 +60,8 @@ class And(_Several):
 
     def step(self, state: State, seen: Sequence[Seen]) -> tuple[State, Verdict]:
         after, verdicts = self._steps(state, seen)
-        return after, _joined(torch.stack([v.opened for v in verdicts]).all(0), verdicts)
+        opened, closed = _stacked(verdicts)
+        return after, _joined(opened.all(0), closed.any(0), verdicts)
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,13 @@ class Or(_Several):
 
     def step(self, state: State, seen: Sequence[Seen]) -> tuple[State, Verdict]:
         after, verdicts = self._steps(state, seen)
-        return after, _joined(torch.stack([v.opened for v in verdicts]).any(0), verdicts)
+        opened, closed = _stacked(verdicts)
+        return after, _joined(opened.any(0), closed.all(0), verdicts)
 
 
 @dataclass(frozen=True)
 class Not:
-    """Open where its gate is closed."""
+    """Open where its gate has a score and is closed."""
 
     gate: Gate
 
@@ -92,7 +98,7 @@ class Not:
 
     def step(self, state: State, seen: Sequence[Seen]) -> tuple[State, Verdict]:
         after, verdict = self.gate.step(state, seen)
-        return after, Verdict(~verdict.opened, verdict.score)
+        return after, Verdict(verdict.closed, verdict.score)
 
 
 @dataclass(frozen=True)
@@ -119,15 +125,21 @@ class Latched:
         inner, before = state
         after, verdict = self.gate.step(inner, seen)
         opened = latest(verdict.opened, before)
-        return (after, opened[:, -1] if opened.shape[1] else before), Verdict(opened, verdict.score)
+        return (after, carried(opened, before)), Verdict(opened, verdict.score)
 
 
-def _joined(opened: torch.Tensor, verdicts: Sequence[Verdict]) -> Verdict:
-    """1 or 0, and NaN where any part's score is NaN, so that it is noticed."""
+def _stacked(verdicts: Sequence[Verdict]) -> tuple[Tensor, Tensor]:
+    """Where each is open and where each is closed, ``gate batch pos``."""
+    return torch.stack([verdict.opened for verdict in verdicts]), torch.stack([v.closed for v in verdicts])
+
+
+def _joined(opened: Mask, closed: Mask, verdicts: Sequence[Verdict]) -> Verdict:
+    """1, 0 or -inf; NaN where any part's score is, so that it is noticed."""
+    score = opened.double().masked_fill(~opened & ~closed, -torch.inf)
     broken = torch.stack([verdict.score.isnan() for verdict in verdicts]).any(0)
-    return Verdict(opened, opened.double().masked_fill(broken, torch.nan))
+    return Verdict(opened, score.masked_fill(broken, torch.nan))
 
 
 def _check_gate(what: str, gate: Any) -> None:
-    if not isinstance(gate, Gate):
+    if isinstance(gate, type) or not isinstance(gate, Gate):  # a class has a gate's attributes too
         raise BadRule(f"{what}({gate!r:.60})", "that is not a gate", "Give a gate, such as Watch(...).")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saeguard.errors import BadRule
 from saeguard.gates.base import Seen
-from saeguard.gates.checks import as_site, as_weights, one_number
+from saeguard.gates.checks import as_weights, check_source, one_number
 from saeguard.sites import Site
 from saeguard.triggers import as_latents
 
@@ -63,7 +63,7 @@ class Hits(_OfLatents):
     def __post_init__(self):
         object.__setattr__(self, "latents", as_latents("Hits", self.latents))
         object.__setattr__(self, "level", one_number("Hits level", self.level))
-        object.__setattr__(self, "site", as_site(self.site))
+        check_source(self)
 
     def of(self, seen: Seen) -> Float[Tensor, "batch pos"]:
         hit = (seen.f > self.level).any(-1).double()
@@ -86,7 +86,7 @@ class LogOdds(_OfLatents):
         object.__setattr__(self, "latents", as_latents("LogOdds", self.latents))
         object.__setattr__(self, "weights", as_weights("LogOdds", self.weights, len(self.latents)))
         object.__setattr__(self, "bias", one_number("LogOdds bias", self.bias))
-        object.__setattr__(self, "site", as_site(self.site))
+        check_source(self)
 
     def of(self, seen: Seen) -> Float[Tensor, "batch pos"]:
         return seen.f.double() @ _column(self.weights, seen.f) + self.bias
@@ -105,7 +105,7 @@ class Probe:
     def __post_init__(self):
         object.__setattr__(self, "weights", as_weights("Probe", self.weights))
         object.__setattr__(self, "bias", one_number("Probe bias", self.bias))
-        object.__setattr__(self, "site", as_site(self.site))
+        check_source(self)
         if not self.weights:
             raise BadRule("a Probe", "it has no weights", "Give one per dimension of the stream.")
 

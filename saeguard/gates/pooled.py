@@ -13,14 +13,15 @@ and the score is w . g + b with g the pooled numbers, kind by kind, all latents 
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from saeguard.errors import BadRule
 from saeguard.gates.base import Leaf, Seen, State, Verdict, carried, running
-from saeguard.gates.checks import as_site, as_weights, one_number
+from saeguard.gates.checks import as_weights, check_source, one_number
+from saeguard.gates.pools import largest
 from saeguard.sites import Site
 from saeguard.triggers import as_latents
 
@@ -43,7 +44,8 @@ class PooledHead:
 
     def __post_init__(self):
         object.__setattr__(self, "latents", as_latents("PooledHead", self.latents))
-        pooling = (self.pooling,) if isinstance(self.pooling, str) else tuple(self.pooling)
+        given: Any = self.pooling
+        pooling = tuple(given) if isinstance(given, list | tuple) else (given,)
         unknown = [how for how in pooling if how not in get_args(Pooling)]
         if unknown or not pooling:
             raise BadRule(
@@ -55,7 +57,7 @@ class PooledHead:
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "bias", one_number("PooledHead bias", self.bias))
         object.__setattr__(self, "threshold", one_number("PooledHead threshold", self.threshold))
-        object.__setattr__(self, "site", as_site(self.site))
+        check_source(self)
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -66,37 +68,32 @@ class PooledHead:
         return None
 
     @property
-    def needs_phase(self) -> bool:
-        return False
-
-    @property
     def monotone(self) -> bool:
         """Whether no weight can lower the score of a row that goes on."""
         never_falls = set(self.pooling) <= {"count", "binary", "max"}
         return never_falls and min(self.weights, default=0.0) >= 0
 
     def begin(self, rows: int, device: torch.device) -> State:
-        k = len(self.latents)
-        fired, total, largest = (torch.zeros(rows, k, dtype=torch.float64, device=device) for _ in range(3))
-        return (fired, total, largest, torch.zeros(rows, dtype=torch.float64, device=device))
+        zeros = torch.zeros(rows, len(self.latents), dtype=torch.float64, device=device)
+        return (zeros, zeros, zeros - torch.inf, torch.zeros(rows, dtype=torch.float64, device=device))
 
     def step(self, state: State, seen: Sequence[Seen]) -> tuple[State, Verdict]:
         f, counts = seen[0].f.double(), seen[0].counts
         kept = f.masked_fill(~counts[..., None], 0.0)
-        fired = running((kept > 0).double(), state[0])
+        fired = running((kept > 0).double().masked_fill(kept.isnan(), torch.nan), state[0])
         total = running(kept, state[1])
-        largest = torch.maximum(kept.cummax(1).values, state[2][:, None]) if f.shape[1] else kept
+        peak = largest(f.masked_fill(~counts[..., None], -torch.inf), state[2])
         n = running(counts.double(), state[3])
-        pooled = self._pooled(fired, total, largest, n)
+        pooled = self._pooled(fired, total, peak, n)
         weights = torch.tensor(self.weights, dtype=torch.float64, device=f.device)
         score = (pooled @ weights + self.bias).masked_fill(n == 0, -torch.inf)
-        after = tuple(carried(now, before) for now, before in zip((fired, total, largest, n), state, strict=True))
+        after = tuple(carried(now, before) for now, before in zip((fired, total, peak, n), state, strict=True))
         return after, Verdict(score > self.threshold, score)
 
-    def _pooled(self, fired: Tensor, total: Tensor, largest: Tensor, n: Tensor) -> Tensor:
+    def _pooled(self, fired: Tensor, total: Tensor, peak: Tensor, n: Tensor) -> Tensor:
         each = n.clamp_min(1.0)[..., None]
         found = {
-            "count": fired, "binary": (fired > 0).double(), "frequency": fired / each, "max": largest,
+            "count": fired, "binary": fired.clamp_max(1.0), "frequency": fired / each, "max": peak,
             "mean": total / each,
         }  # fmt: skip
         return torch.cat([found[how] for how in self.pooling], dim=-1)

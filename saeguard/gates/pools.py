@@ -3,15 +3,16 @@
 With e_t the evidence at the row's t-th counted token, all sums over counted tokens,
 
     Rate()         (e_1 + ... + e_t) / t                        DSG's rho, as far as it is known at t
-    Rate("prompt") the same over the prompt, once all of it has been seen
+    Rate("prompt") the same over the prompt, where all of it has been seen
     Window(w)      (sum of the last w e) / w                    missing tokens count 0
     Cusum(k)       S_t = max(0, S_{t-1} + e_t - k)              Page's test: benign text never lowers what follows
     Count()        e_1 + ... + e_t
     Peak()         max of e_1 ... e_t
     TopKMean(k)    mean of the k largest of e_1 ... e_t         missing tokens count 0
 
-Count (of evidence that is never negative), Peak and TopKMean (likewise) never fall; the others are made to stay with
-`Latched`. All is summed in float64, so that the cut of a prompt into passes decides nothing.
+There is no score (-inf) before the first counted token. Count (of evidence that is never negative), Peak and TopKMean
+(likewise) never fall; the others are made to stay with `Latched`. All is summed in float64, so that the cut of a prompt
+into passes decides nothing.
 """
 
 from dataclasses import dataclass
@@ -30,13 +31,13 @@ from saeguard.gates.checks import one_number, whole
 class Pool(Protocol):
     """Frozen data with a pure step. Evidence at tokens that do not count has to be left out by the pool."""
 
-    @property
-    def needs_phase(self) -> bool: ...
-
     def begin(self, rows: int, device: torch.device) -> State: ...
 
     def step(self, state: State, e: Float[Tensor, "batch pos"], seen: Seen) -> tuple[State, Float[Tensor, "batch pos"]]:
-        """The next state, and the score at every token; at tokens that do not count it is that of the one before."""
+        """The next state, and the score at every token; at tokens that do not count it is that of the one before.
+
+        Before the first token that counts it may be anything: `Watch` knows that there is none.
+        """
         ...
 
 
@@ -49,15 +50,6 @@ def counted(e: Tensor, seen: Seen) -> Tensor:
     return e.masked_fill(~seen.counts, 0.0)
 
 
-class _OfAll:
-    """A pool that need not know where the prompt ends."""
-
-    @property
-    def needs_phase(self) -> bool:
-        """Never."""
-        return False
-
-
 @dataclass(frozen=True)
 class Rate:
     """The mean over the row's tokens so far, or over its prompt. Benign text dilutes it: see Cusum and Window."""
@@ -68,27 +60,23 @@ class Rate:
         if self.scope not in get_args(Rate.__annotations__["scope"]):
             raise BadRule(f"Rate over {self.scope!r}", "there is no such scope", 'Use "running" or "prompt".')
 
-    @property
-    def needs_phase(self) -> bool:
-        return self.scope == "prompt"
-
     def begin(self, rows: int, device: torch.device) -> State:
-        return (_zeros(device, rows), _zeros(device, rows))
+        """The sum of the evidence and the number of tokens, so far and at the prompt's end."""
+        return (_zeros(device, rows, 2), _zeros(device, rows, 2))
 
     def step(self, state: State, e: Float[Tensor, "batch pos"], seen: Seen) -> tuple[State, Float[Tensor, "batch pos"]]:
-        counts = seen.counts
-        if self.scope == "prompt":
-            counts = counts & prompt_of(seen)
-        total = running(e.masked_fill(~counts, 0.0), state[0])
-        n = running(counts.double(), state[1])
-        score = total / n.clamp_min(1.0)
-        if seen.ready is not None and self.scope == "prompt":
-            score = score.masked_fill(~seen.ready, 0.0)
-        return (carried(total, state[0]), carried(n, state[1])), score
+        so_far, before = state
+        total = running(torch.stack([counted(e, seen), seen.counts.double()], -1), so_far)
+        after = carried(total, so_far)
+        if self.scope == "running":
+            return (after, before), total[..., 0] / total[..., 1].clamp_min(1.0)
+        total, ready = at_prompt_end(total, before, seen)
+        score = (total[..., 0] / total[..., 1]).masked_fill(~ready | (total[..., 1] == 0), -torch.inf)
+        return (after, carried(total, before)), score
 
 
 @dataclass(frozen=True)
-class Window(_OfAll):
+class Window:
     """The mean over the last ``width`` tokens."""
 
     width: int
@@ -110,7 +98,7 @@ class Window(_OfAll):
 
 
 @dataclass(frozen=True)
-class Cusum(_OfAll):
+class Cusum:
     """What evidence above ``drift`` per token has piled up since it last was at 0."""
 
     drift: float = 0.0
@@ -123,15 +111,13 @@ class Cusum(_OfAll):
 
     def step(self, state: State, e: Float[Tensor, "batch pos"], seen: Seen) -> tuple[State, Float[Tensor, "batch pos"]]:
         """With C_t = S_0 + sum of (e - k), S_t = C_t - min(0, min_{j<=t} C_j)."""
-        if not e.shape[1]:
-            return state, e.double()
         total = running((e - self.drift).masked_fill(~seen.counts, 0.0), state[0])
         score = total - total.cummin(1).values.clamp_max(0.0)
-        return (score[:, -1],), score
+        return (carried(score, state[0]),), score
 
 
 @dataclass(frozen=True)
-class Count(_OfAll):
+class Count:
     """The sum over all tokens so far."""
 
     def begin(self, rows: int, device: torch.device) -> State:
@@ -143,21 +129,19 @@ class Count(_OfAll):
 
 
 @dataclass(frozen=True)
-class Peak(_OfAll):
-    """The largest so far; before the first counted token there is none, and it is -inf."""
+class Peak:
+    """The largest so far."""
 
     def begin(self, rows: int, device: torch.device) -> State:
         return (_zeros(device, rows) - torch.inf,)
 
     def step(self, state: State, e: Float[Tensor, "batch pos"], seen: Seen) -> tuple[State, Float[Tensor, "batch pos"]]:
-        if not e.shape[1]:
-            return state, e.double()
-        score = torch.maximum(e.masked_fill(~seen.counts, -torch.inf).cummax(1).values, state[0][:, None])
-        return (score[:, -1],), score
+        score = largest(e.masked_fill(~seen.counts, -torch.inf), state[0])
+        return (carried(score, state[0]),), score
 
 
 @dataclass(frozen=True)
-class TopKMean(_OfAll):
+class TopKMean:
     """The mean of the ``k`` largest so far."""
 
     k: int
@@ -166,7 +150,7 @@ class TopKMean(_OfAll):
         whole("TopKMean", self.k)
 
     def begin(self, rows: int, device: torch.device) -> State:
-        return (_zeros(device, rows, self.k),)
+        return (_zeros(device, rows, self.k) - torch.inf,)
 
     def step(self, state: State, e: Float[Tensor, "batch pos"], seen: Seen) -> tuple[State, Float[Tensor, "batch pos"]]:
         (best,) = state
@@ -174,16 +158,29 @@ class TopKMean(_OfAll):
         for column in range(e.shape[1]):
             moved = torch.cat([best, e[:, column, None]], dim=1).topk(self.k, dim=1).values
             best = torch.where(seen.counts[:, column, None], moved, best)
-            scores.append(best.mean(1))
+            scores.append(best.masked_fill(best.isneginf(), 0.0).sum(1) / self.k)
         return (best,), torch.stack(scores, 1) if scores else e.double()
 
 
-def prompt_of(seen: Seen) -> Tensor:
-    """The tokens of the prompt. Raises `PhaseUnknown`."""
-    if seen.prompt is None:
+def largest(values: Tensor, before: Tensor) -> Tensor:
+    """The largest of the tokens up to each one, ``batch pos *rest``, and of ``before``."""
+    return torch.cat([before[:, None], values], 1).cummax(1).values[:, 1:]
+
+
+def at_prompt_end(totals: Tensor, before: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+    """``totals`` as they were at the prompt's last token so far, ``batch pos *rest``, and where the prompt is over.
+
+    ``before`` is what they were before this pass. A call that goes on with a row has a longer prompt, of which tokens
+    that were generated before are a part; so totals are kept of all tokens. Raises `PhaseUnknown`.
+    """
+    if seen.prompt is None or seen.ready is None:
         raise PhaseUnknown(
             "a gate over the prompt",
             "the model was called outside generate(), so where the prompt ends is unknown",
             "Say steer(model, plan, prompt_tokens=n), or use a gate over all tokens so far.",
         )
-    return seen.prompt
+    places = torch.arange(1, totals.shape[1] + 1, device=totals.device)
+    none = torch.zeros_like(places[:1]).expand(totals.shape[0], 1)
+    last = largest(torch.where(seen.prompt, places, 0), none[:, 0])  # 0: no token of this pass
+    index = last.view(*last.shape, *[1] * (totals.ndim - 2)).expand_as(totals)
+    return torch.cat([before[:, None], totals], 1).gather(1, index), seen.ready

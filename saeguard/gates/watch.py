@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from saeguard.errors import BadRule
-from saeguard.gates.base import Gate, Leaf, Seen, State, Verdict
+from saeguard.gates.base import Gate, Leaf, Seen, State, Verdict, carried, latest
 from saeguard.gates.checks import one_number
 from saeguard.gates.combined import Latched
 from saeguard.gates.evidence import Hits, LogOdds, Probe
@@ -25,7 +25,7 @@ class Always:
     @property
     def leaves(self) -> tuple[Leaf, ...]:
         """It reads nothing, but is seen once so that it knows the tokens."""
-        return (_Read(Hits(()), False),)
+        return (Hits(()),)
 
     @property
     def monotone(self) -> bool:
@@ -57,7 +57,7 @@ class Watch:
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
-        return (_Read(self.evidence, self.pool.needs_phase),)
+        return (self.evidence,)
 
     @property
     def monotone(self) -> bool:
@@ -67,39 +67,15 @@ class Watch:
         )
 
     def begin(self, rows: int, device: torch.device) -> State:
-        return self.pool.begin(rows, device)
+        """The pool's state, and whether any token has counted."""
+        return (self.pool.begin(rows, device), torch.zeros(rows, dtype=torch.bool, device=device))
 
     def step(self, state: State, seen: Sequence[Seen]) -> tuple[State, Verdict]:
-        after, score = self.pool.step(state, self.evidence.of(seen[0]), seen[0])
-        return after, Verdict(score > self.threshold, score)
-
-
-@dataclass(frozen=True)
-class _Read:
-    """Evidence as a leaf: it does not know whether its pool asks where the prompt ends."""
-
-    evidence: Hits | LogOdds | Probe
-    needs_phase: bool
-
-    @property
-    def latents(self) -> tuple[int, ...]:
-        return self.evidence.latents
-
-    @property
-    def sae(self) -> str | None:
-        return self.evidence.sae
-
-    @property
-    def site(self) -> Site | None:
-        return self.evidence.site
-
-    @property
-    def special(self) -> bool:
-        return self.evidence.special
-
-    @property
-    def width(self) -> int | None:
-        return self.evidence.width
+        pooled, before = state
+        after, score = self.pool.step(pooled, self.evidence.of(seen[0]), seen[0])
+        any_counted = latest(seen[0].counts, before)
+        score = score.masked_fill(~any_counted, -torch.inf)
+        return (after, carried(any_counted, before)), Verdict(score > self.threshold, score)
 
 
 def token_rate(

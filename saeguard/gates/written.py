@@ -3,7 +3,7 @@
 from dataclasses import MISSING, fields
 from typing import Any
 
-from saeguard.errors import BadPlanFile, UnknownOp
+from saeguard.errors import BadPlanFile, BadRule, UnknownOp
 from saeguard.gates import EVIDENCE, GATES, POOLS
 from saeguard.gates.base import Gate
 from saeguard.sites import Site
@@ -11,6 +11,22 @@ from saeguard.sites import Site
 _NAMES: dict[str, Any] = GATES | EVIDENCE | POOLS
 _ROLES = {"gate": GATES, "gates": GATES, "evidence": EVIDENCE, "pool": POOLS}
 """Fields that hold a part, and which parts they may hold."""
+DEEPEST = 8
+"""Gates inside of each other."""
+
+
+def check_gate(gate: Any) -> None:
+    """Raise `BadRule` unless ``gate``, and every gate inside, is of this package, and they nest ``DEEPEST`` deep."""
+    level = [gate]
+    for _ in range(DEEPEST):
+        for one in level:
+            if type(one) not in GATES.values():
+                raise BadRule(f"a gate {one!r:.60}", "that is not a gate", f"Gates: {', '.join(GATES)}.")
+        level = [inner for one in level for inner in (*getattr(one, "gates", ()), getattr(one, "gate", None))]
+        level = [inner for inner in level if inner is not None]
+        if not level:
+            return
+    raise BadRule("a gate of gates", f"they are more than {DEEPEST} deep", "And and Or take many gates at once.")
 
 
 def gate_to_dict(gate: Any) -> dict[str, Any]:

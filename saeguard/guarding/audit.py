@@ -39,7 +39,8 @@ class AuditLog:
     the process, and not that of the machine. A lock is waited for ``lock_seconds``.
 
     Raises `AuditUnavailable` when nothing can be written there, `AuditTampered` when what is there does not verify,
-    `BadAuditKey` when its lines are sealed and no key is given, `AuditFailed` when another process keeps its lock.
+    `BadAuditKey` when its lines are sealed and no key is given, `BadRecord` when the head file holds no head,
+    `AuditFailed` when another process keeps the lock.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class AuditLog:
         if not stat.S_ISREG(found.st_mode):
             raise unavailable(self.path, "it is not a regular file")
         if found.st_mode & OTHERS_MAY_WRITE:
-            raise unavailable(self.path, "others than its owner may write it (chmod go-w is missing)")
+            raise unavailable(self.path, "others than its owner may write it")
         self._inode = self._inode or (found.st_dev, found.st_ino)
         if self._inode != (found.st_dev, found.st_ino):
             raise AuditTampered(f"the audit log {str(self.path)!r}", "another file stands in its place", RESTORE)
@@ -133,6 +134,8 @@ class AuditLog:
         if size < self._offset:
             found = f"it had {self._offset} bytes and has {size}"
             raise AuditTampered(f"the audit log {str(self.path)!r}", found, RESTORE)
+        if size == self._offset and known is None:
+            return
         with os.fdopen(fd, "rb", closefd=False) as file:
             walk = Walk(file, stop=size, head=self.head, offset=self._offset, key=self._key, known=known)
             for _ in walk:

@@ -145,10 +145,13 @@ def opened(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise unavailable(path, "it is not a regular file")
-    with os.fdopen(fd, "rb") as file:
-        with locked(fd, shared=True):
-            size = os.fstat(fd).st_size
-        yield file, size
+    try:
+        with os.fdopen(fd, "rb") as file:
+            with locked(fd, shared=True):
+                size = os.fstat(fd).st_size
+            yield file, size
+    except OSError as error:
+        raise unavailable(path, f"it cannot be read ({error.strerror})") from error
 
 
 def unavailable(path: str | Path, found: str) -> AuditUnavailable:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from saeguard import strict_json
 from saeguard.archives import open_archive
@@ -80,14 +79,3 @@ class Cache:
 def key_of(**parts: Any) -> str:
     """The key of numbers that depend on ``parts`` and on nothing else."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the weights and buffers: about one second per GB of them."""
-    digest, seen = hashlib.sha256(type(model).__name__.encode()), set()
-    for name, weight in model.state_dict(keep_vars=True).items():
-        if isinstance(weight, Tensor) and weight.data_ptr() not in seen:  # tied weights once
-            seen.add(weight.data_ptr())
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

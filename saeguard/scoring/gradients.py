@@ -23,9 +23,10 @@ from saeguard.engines.base import Place, places_of
 from saeguard.engines.corrections import on_plain_weights
 from saeguard.engines.layouts import Layout
 from saeguard.errors import GuardNotApplied, NotSliceable, ScoreMismatch, WidthMismatch
+from saeguard.fingerprints import model_fingerprint
 from saeguard.sae import SAE
 from saeguard.scoring.accumulators import MOST, TOKENS, pieces
-from saeguard.scoring.cache import Cache, key_of, model_fingerprint
+from saeguard.scoring.cache import Cache, key_of
 from saeguard.scoring.last_token import check_free
 from saeguard.scoring.losses import Loss
 from saeguard.scoring.reading import SiteReader, name_of

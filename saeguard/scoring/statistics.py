@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from saeguard.engines.corrections import on_plain_weights
 from saeguard.engines.layouts import Layout
 from saeguard.errors import NotSliceable, ScoreMismatch
+from saeguard.fingerprints import model_fingerprint
 from saeguard.sae import SAE
 from saeguard.scoring.accumulators import COUNTS, PER_LATENT, Accumulator
-from saeguard.scoring.cache import Cache, Entry, key_of, model_fingerprint
+from saeguard.scoring.cache import Cache, Entry, key_of
 from saeguard.scoring.reading import SiteReader, name_of
 from saeguard.scoring.table import Meaning, ScoreTable
 from saeguard.scoring.texts import Texts

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from saeguard.archives import open_archive
 from saeguard.errors import BrokenFile, ScoreMismatch
+from saeguard.fingerprints import model_fingerprint
 from saeguard.sae import SAE
-from saeguard.scoring.cache import model_fingerprint
 
 Progress = Callable[[int, int], None]
 """Told how many of how many are done."""

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load, save
 from torch import Tensor
 
+from tests.audits import KEY, OTHER_KEY, chain, short_record
 from tests.fuzz import targets
 from tests.fuzz.targets import CORPUS, FAMILIES, NATIVE, NATIVE_PURSUIT, TARGETS, native_bytes, torch_bytes
 from tests.test_archives import DOUBLED, HUGE, NPZ, SAFETENSORS, TORCH, dumped, tensor_pickle, torch_zip
@@ -163,9 +164,28 @@ def parsers() -> dict[str, Callable[[], Files]]:
         "json": lambda: iter(JSONS.items()),
         "yaml": lambda: iter(YAMLS.items()),
         "plan": lambda: ((f"{name}.json", data) for name, data in (PLANS | small(JSONS)).items()),
+        "audit": lambda: audits(),
         "native_header": lambda: headers(),
         "native_file": lambda: natives(),
     }  # fmt: skip
+
+
+def audits() -> Files:
+    """Logs that are not what was written, and lines that are JSON of other kinds."""
+    lines, unsealed, others = (chain(2, key, make=short_record) for key in (KEY, None, OTHER_KEY))
+    changed = lambda old, new: lines[0].replace(old, new) + lines[1]
+    found = {
+        "no_line": b"", "unfinished": lines[0] + lines[1][:300], "not_unfinished": lines[0] + b"\0" * 40,
+        "swapped": lines[1] + lines[0], "twice": lines[0] * 2, "begins_late": lines[1], "unsealed": b"".join(unsealed),
+        "seals_stop": lines[0] + unsealed[1], "other_key": b"".join(others),
+        "seal_of_surrogates": changed(b'"mac":"', b'"mac":"\\ud800'),
+        "seal_of_a_number": changed(b'"mac":"', b'"mac":1,"x":"'),
+        "number_infinite": changed(b"0.25", b"1e999"), "count_of_400_digits": changed(b'"v":1', b'"v":1' + b"0" * 400),
+        "version_true": changed(b'"v":1', b'"v":true'), "site_of_a_list": changed(b'{"expected"', b'[{"expected"'),
+        "gates_null": changed(b'{"logistic":0.25}', b"null"), "deep": b'{"decision":' + b"[" * 900 + b"\n",
+    }  # fmt: skip
+    for name, data in (found | {name: data + b"\n" for name, data in small(JSONS).items()}).items():
+        yield f"{name}.jsonl", data
 
 
 def headers() -> Files:

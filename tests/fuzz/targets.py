@@ -1,6 +1,6 @@
 """What is fuzzed: each target takes any bytes, and returns or raises an error of ours, and nothing else.
 
-    parsers     one format each: three archives, the pickle machine, JSON, YAML, plans, our own header
+    parsers     one format each: three archives, the pickle machine, JSON, YAML, plans, audit logs, our own header
     families    a look-alike of each family, of which one file is replaced: its config, or its tensors
 
 Files are written by `Target.put`, which is not what is tested; `Target.parse` reads them and writes nothing.
@@ -26,9 +26,11 @@ from safetensors.torch import save
 from saeguard import Plan, load_sae, strict_json
 from saeguard.archives import open_archive, plain_pickle, torch_file
 from saeguard.errors import SaeguardError
+from saeguard.guarding.verify import read
 from saeguard.loaders.places import CONFIGS
 from saeguard.loaders.places import TENSORS as WEIGHTS
 from saeguard.loaders.source import Source, depth
+from tests.audits import KEY, chain, short_record
 from tests.lookalikes import LOOKALIKES
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -118,6 +120,12 @@ def _read_plan(data: bytes) -> None:
     plan.fingerprint()
 
 
+def _read_log(path: Path) -> None:
+    for key in (None, KEY):
+        for _ in read(path, key=key):
+            pass
+
+
 TENSORS = {"W": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=torch.int32)}
 SAFETENSORS = save(TENSORS, metadata={"a": "b"})
 PLAN = b"""{"saeguard": "plan", "schema": 1, "name": "p", "rules": [
@@ -188,6 +196,7 @@ def _parsers() -> Iterator[Target]:
     yield Target("json", bytes, _read_json, lambda: [JSON])
     yield Target("yaml", _write("text.yaml"), _read_yaml, lambda: [YAML_GOOD])
     yield Target("plan", bytes, _read_plan, lambda: [PLAN])
+    yield Target("audit", _write("audit.jsonl"), _read_log, lambda: [b"".join(chain(2, make=short_record))])
     yield Target("native_header", _put_header, load_sae, lambda: [json.dumps(NATIVE).encode()])
     yield Target(
         "native_file", _write("native/sae.safetensors"), load_sae,

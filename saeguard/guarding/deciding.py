@@ -1,0 +1,43 @@
+"""From what was recorded of a call to one decision per row: refused, steered or allowed, with the gates' scores."""
+
+import math
+from collections.abc import Sequence
+
+from saeguard.engines.base import Request
+from saeguard.gating import Trace
+from saeguard.guarding.attached import Attached, Table
+from saeguard.guarding.outcome import Decision, fired_at
+
+
+def decide(attached: Attached, names: Sequence[str], table: Table, request: Request) -> tuple[Decision, ...]:
+    """One per row of the request. The first of a policy's stops that opened is the reason of a refusal."""
+    return tuple(_of_row(attached, names[owner], table, request, row, owner) for row, owner in enumerate(table.owners))
+
+
+def _of_row(attached: Attached, name: str, table: Table, request: Request, row: int, owner: int) -> Decision:
+    rows = slice(row * request.copies, (row + 1) * request.copies)
+    fired, largest = fired_at(attached.rules, owner, rows, table.calls)
+    scores = _scores(attached, table, rows, owner)
+    for stop, bound in attached.stops(owner):
+        for trace in (call.trace(bound) for call in table.calls):
+            if trace is not None and bool(trace.fired[rows].any()):
+                at = int(trace.first[rows][trace.fired[rows]].min())
+                return Decision("refuse", stop.reason, name, scores, fired, largest, at)
+    if any(counts.tokens for counts in fired.values()):
+        return Decision("steer", "edited", name, scores, fired, largest)
+    return Decision("allow", "quiet" if attached.policies[owner] is not None else "open", name, scores, fired, largest)
+
+
+def _scores(attached: Attached, table: Table, rows: slice, owner: int) -> dict[str, float]:
+    """The peak of each gate of the policy."""
+    gates = dict.fromkeys(
+        bound.gate for bound in attached.rules
+        if bound.gate is not None and bound.plans is not None and owner in bound.plans
+    )  # fmt: skip
+    found = {}
+    for number, gate in enumerate(gates):
+        traces: list[Trace] = [trace for call in table.calls if (trace := call.trace(gate)) is not None]
+        peaks = [float(trace.peak[rows].max()) for trace in traces]
+        if peaks and math.isfinite(max(peaks)):
+            found[f"gate.{number}"] = max(peaks)
+    return found

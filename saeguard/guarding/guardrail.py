@@ -1,0 +1,288 @@
+"""A model under policies for as long as it serves: every row of every call under one of them, or no call.
+
+    guard = Guardrail.attach(model, {"pupils": policy, "teachers": None}, tokenizer=tokenizer, audit=log)
+    answers = guard.generate(**inputs, rows=["pupils", "teachers"], max_new_tokens=64)
+
+Hooks are placed once. Until `detach`, the model called around the guardrail, in any thread, refuses. What a gate
+decides, what an edit did and how the request ended is on record before the last token goes out.
+"""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saeguard.engines.base import Request
+from saeguard.engines.inside import inside
+from saeguard.engines.session import bind, join, leave
+from saeguard.errors import BadRule, GuardError, UnguardedCall, UnsupportedMode
+from saeguard.guarding.attached import Attached, Table, plan_of, stops_of
+from saeguard.guarding.audit import AuditLog
+from saeguard.guarding.deciding import decide
+from saeguard.guarding.holding import Held
+from saeguard.guarding.keys import AuditKey
+from saeguard.guarding.outcome import Decision, Guarded, replaced
+from saeguard.guarding.policy import Policy
+from saeguard.guarding.recording import Recorder
+from saeguard.guarding.stopping import EndStopped, check_ends
+from saeguard.guarding.stops import Refuse
+from saeguard.sae import SAE
+from saeguard.steering import prepare
+
+Policies = Policy | Mapping[str, Policy | None]
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """What is in force: the names of the policies, in the order of their numbers, and what hangs on the model."""
+
+    names: tuple[str, ...]
+    attached: Attached
+    session: Any
+
+    def numbers(self, rows: str | Sequence[str] | None, n: int) -> tuple[int, ...]:
+        """The number of each row's policy. Raises `UnguardedCall` for an unknown name, and for none among several."""
+        given = rows if rows is not None else self.names[0] if len(self.names) == 1 else ()
+        listed = (given,) * n if isinstance(given, str) else tuple(given)
+        unknown = sorted({str(name) for name in listed} - set(self.names))
+        if unknown or len(listed) != n:
+            raise UnguardedCall(
+                f"a call of {n} rows under the policies {list(listed)}",
+                f"there is no policy {unknown[0]!r}" if unknown else f"{len(listed)} policies were named",
+                f"Name one per row, or one for all, among {', '.join(self.names)}.",
+            )
+        return tuple(self.names.index(name) for name in listed)
+
+
+class Guardrail:
+    """See the module's text. Made by `attach`."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, saes: Mapping[str, SAE], recorder: Recorder):
+        self.model, self.tokenizer, self.saes = model, tokenizer, saes
+        self._recorder = recorder
+        self._standing: Standing | None = None
+        self._changing = threading.Condition()
+        self._running = 0
+
+    @classmethod
+    def attach(
+        cls,
+        model: nn.Module,
+        policies: Policies,
+        *,
+        tokenizer: Any,
+        saes: SAE | Iterable[SAE] = (),
+        audit: AuditLog | None = None,
+        key: AuditKey | None = None,
+    ) -> "Guardrail":
+        """Put ``model`` under ``policies``: one for all rows, or several by name, None for rows that are let through.
+
+        Every policy has to be made for this model, tokenizer and SAEs. ``audit`` gets one record per row of every
+        request, in which ``key`` stands for the prompt. Raises `PolicyError`, `BindError`, `ModelBusy`.
+        """
+        given = [saes] if isinstance(saes, SAE) else list(saes)
+        guard = cls(model, tokenizer, {sae.name: sae for sae in given}, Recorder(audit, key))
+        guard._standing = guard._stand(policies)
+        return guard
+
+    def generate(
+        self,
+        *args: Any,
+        rows: str | Sequence[str] | None = None,
+        request_ids: Sequence[str] | None = None,
+        tenant: str | None = None,
+        **kwargs: Any,
+    ) -> Guarded:
+        """``model.generate`` with each row under its policy; ``rows`` names one per row, or one for all.
+
+        Rows of a policy with a refusal end where its gate opens, and have its text in place of their answer. Raises
+        `GuardError` when edits cannot be exact, unless the policies of all rows say "bypass", and `AuditError` when
+        the request cannot go on record; nothing of the answer leaves then.
+        """
+        if kwargs.get("streamer") is None:
+            return self._answer(rows, request_ids, tenant, args, kwargs)
+        held = Held(kwargs["streamer"])
+        try:
+            guarded = self._answer(rows, request_ids, tenant, args, kwargs | {"streamer": held})
+        except BaseException:
+            held.give_up()
+            raise
+        held.release(*self._told(guarded))
+        return guarded
+
+    def _answer(
+        self, rows: str | Sequence[str] | None, request_ids: Sequence[str] | None, tenant: str | None, args: Any,
+        kwargs: dict,
+    ) -> Guarded:  # fmt: skip
+        """The answer, when it is on record."""
+        started = time.perf_counter()
+        with self._in_force() as standing:
+            request = standing.session.engine.read_request(args, kwargs)
+            owners = standing.numbers(rows, request.rows)
+            names, prompts = _request_ids(request_ids, request.rows), _prompts(args, kwargs)
+            with standing.attached.rows(owners) as table:
+                try:
+                    output = self._run(standing, owners, request, args, kwargs)
+                    guarded = self._outcome(standing, table, request, output)
+                except BaseException as error:
+                    return self._failed(standing, owners, names, tenant, prompts, error, request, args, kwargs)
+                self._recorder.write(guarded, names, tenant, prompts, standing.attached, owners, started)
+        return guarded
+
+    @contextmanager
+    def rows(
+        self, rows: str | Sequence[str] | None = None, *, n: int, prompt_tokens: int | tuple[int, ...] | None = None
+    ) -> Iterator[Table]:
+        """Passes of this thread inside the block are of ``n`` rows under these policies, edits and gates alike.
+
+        For losses and log-likelihoods. Raises `UnsupportedMode` for policies that stop rows, which only generate can.
+        """
+        with self._in_force() as standing:
+            owners = standing.numbers(rows, n)
+            if any(standing.attached.stops(owner) for owner in owners):
+                raise UnsupportedMode(
+                    "passes under a policy that stops rows", "there is no answer that could be stopped",
+                    "Call guard.generate(...), or use a policy of edits only.",
+                )  # fmt: skip
+            with standing.attached.rows(owners, prompt_tokens) as table:
+                yield table
+
+    def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` for another thread, in which it may call the model inside `rows`."""
+        return bind(self._known().attached, function)
+
+    def reload(self, policies: Policies) -> None:
+        """Put other policies in force, once no call is running. What does not fit is refused, and the old ones stay."""
+        with self._changing:
+            self._changing.wait_for(lambda: self._running == 0)
+            before = self._known()
+            with inside(before.session.number):
+                self._standing = self._stand(policies, before.attached)
+                leave(before.session, before.attached)
+
+    def detach(self) -> None:
+        """Take the hooks off, once no call is running; the model is plain again."""
+        with self._changing:
+            self._changing.wait_for(lambda: self._running == 0)
+            if self._standing is not None:
+                with inside(self._standing.session.number):
+                    leave(self._standing.session, self._standing.attached)
+                self._standing = None
+
+    def __enter__(self) -> "Guardrail":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def _stand(self, policies: Policies, replaces: Attached | None = None) -> Standing:
+        named = {DEFAULT: policies} if isinstance(policies, Policy) else dict(policies)
+        if not named:
+            raise BadRule("a guardrail", "there are no policies", "Give one, or several by name.")
+        for policy in named.values():
+            if policy is not None:
+                policy.check(self.model, self.tokenizer, self.saes)
+        listed = list(named.values())
+        ready = prepare(self.model, [plan_of(policy) for policy in listed], every_row=False,
+                        saes=self.saes, tokenizer=self.tokenizer, replaces=replaces)  # fmt: skip
+        attached = Attached(listed, ready)
+        session = join(ready.engine, attached, ready.places)
+        return Standing(tuple(named), attached, session)
+
+    def _known(self) -> Standing:
+        if self._standing is None:
+            raise UnguardedCall("a call through a guardrail", "it was detached", "Attach it again.")
+        return self._standing
+
+    @contextmanager
+    def _in_force(self) -> Iterator[Standing]:
+        """What is in force, which stays so for the block."""
+        with self._changing:
+            standing = self._known()
+            self._running += 1
+        try:
+            with inside(standing.session.number):
+                yield standing
+        finally:
+            with self._changing:
+                self._running -= 1
+                self._changing.notify_all()
+
+    def _run(self, standing: Standing, owners: Sequence[int], request: Request, args: Any, kwargs: dict) -> Any:
+        if any(standing.attached.stops(owner) for owner in owners):
+            check_ends(request.eos)
+            last = EndStopped(standing.attached, request.eos, request.copies)
+            kwargs = kwargs | {"logits_processor": [*(kwargs.get("logits_processor") or ()), last]}
+        generate: Any = self.model.generate
+        return bind(standing.attached, generate)(*args, **kwargs)
+
+    def _outcome(self, standing: Standing, table: Table, request: Request, output: Any) -> Guarded:
+        """The decisions, and the answers with refusals in their place."""
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        decisions = decide(standing.attached, standing.names, table, request)
+        kept = sequences.shape[0] // request.rows
+        answers = {
+            row * kept + copy: self._refusal(standing, owner, decision, request)
+            for row, (owner, decision) in enumerate(zip(table.owners, decisions, strict=True))
+            if decision.decision == "refuse" and self._text(standing, owner, decision) is not None
+            for copy in range(kept)
+        }
+        pad = request.pad[0] if request.pad else request.eos[0] if request.eos else 0
+        return Guarded(replaced(sequences, answers, request.output_columns, pad), request.output_columns, decisions)
+
+    def _text(self, standing: Standing, owner: int, decision: Decision) -> str | None:
+        stop = next(s for s in stops_of(standing.attached.policies[owner]) if s.reason == decision.reason)
+        return stop.text if isinstance(stop, Refuse) else None
+
+    def _refusal(self, standing: Standing, owner: int, decision: Decision, request: Request) -> list[int]:
+        ids = self.tokenizer(self._text(standing, owner, decision), add_special_tokens=False)["input_ids"]
+        return [*ids, *request.eos[:1]]
+
+    def _told(self, guarded: Guarded) -> list[Tensor]:
+        """For a streamer: the refusal, which generate did not write."""
+        if guarded.decisions[0].decision != "refuse":
+            return []
+        return [guarded.sequences[0, guarded.prompt_columns :].cpu()]
+
+    def _failed(self, standing: Standing, owners: Sequence[int], names: Sequence[str], tenant: str | None,
+                prompts: Any, error: BaseException, request: Request, args: Any, kwargs: dict) -> Guarded:  # fmt: skip
+        """Record what was raised and raise it; or, where all policies of the call say so, let the call go by."""
+        policies = [standing.attached.policies[owner] for owner in owners]
+        chosen = all(policy is not None and policy.on_error == "bypass" for policy in policies)
+        bypass = chosen and isinstance(error, GuardError) and kwargs.get("streamer") is None  # it has heard a part
+        self._recorder.write_error(error, names, tenant, prompts, standing.attached, owners, bypass=bypass)
+        if not bypass:
+            raise error
+        with standing.session.muted():
+            output = bind(standing.attached, self.model.generate)(*args, **kwargs)  # type: ignore[operator]
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        decisions = tuple(
+            Decision("allow", f"bypass.{type(error).__name__}", standing.names[owner], {}, {}, None) for owner in owners
+        )
+        return Guarded(sequences, request.output_columns, decisions)
+
+
+def _request_ids(given: Sequence[str] | None, n: int) -> tuple[str, ...]:
+    if given is None:
+        return tuple(uuid.uuid4().hex for _ in range(n))
+    if isinstance(given, str) or len(given) != n:
+        raise BadRule(f"request_ids for {n} rows", f"{given!r:.60} is not {n} of them", "Give one code per row.")
+    return tuple(given)
+
+
+def _prompts(args: Any, kwargs: Mapping[str, Any]) -> list[list[int]]:
+    """Token ids of each row's prompt without its padding, as far as they are known."""
+    given = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
+    ids = next((value for value in given if isinstance(value, Tensor)), None)
+    if ids is None:
+        return []
+    mask = kwargs.get("attention_mask")
+    real = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids).bool()
+    return [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]

@@ -1,0 +1,62 @@
+"""One audit record per row of a request, written before the answer leaves."""
+
+import time
+from collections.abc import Sequence
+
+from saeguard.guarding.attached import Attached
+from saeguard.guarding.audit import AuditLog
+from saeguard.guarding.keys import AuditKey
+from saeguard.guarding.outcome import Guarded
+from saeguard.guarding.records import AuditRecord, class_name
+
+
+class Recorder:
+    """Writes to ``log``, if there is one; ``key`` makes what stands for prompts and tenants."""
+
+    def __init__(self, log: AuditLog | None, key: AuditKey | None):
+        self._log, self._key = log, key
+
+    def write(self, guarded: Guarded, names: Sequence[str], tenant: str | None, prompts: Sequence[Sequence[int]],
+              attached: Attached, owners: Sequence[int], started: float) -> None:  # fmt: skip
+        """What was decided. Raises `AuditError`."""
+        if self._log is None:
+            return
+        total = 1000 * (time.perf_counter() - started)
+        new = max(guarded.sequences.shape[1] - guarded.prompt_columns, 0)
+        for row, decision in enumerate(guarded.decisions):
+            who = self._who(row, tenant, prompts, attached, owners)
+            self._log.write(AuditRecord(
+                request_id=names[row], decision=decision.decision, reason_code=decision.reason, guard_status="ran",
+                fired=decision.fired, gates=decision.scores, max_delta_ratio=decision.max_delta_ratio,
+                gen_tokens=new, latency_ms={"total": total}, **who,
+            ))  # fmt: skip
+
+    def write_error(self, error: BaseException, names: Sequence[str], tenant: str | None,
+                    prompts: Sequence[Sequence[int]], attached: Attached, owners: Sequence[int], *,
+                    bypass: bool) -> None:  # fmt: skip
+        """What was raised, and whether the request goes by. Raises `AuditError`."""
+        if self._log is None:
+            return
+        table = attached.table
+        status = "partial" if table is not None and table.calls else "not_run"
+        reason = f"bypass.{class_name(error)}" if bypass else "guard.failed"
+        for row, name in enumerate(names):
+            self._log.write(AuditRecord(
+                request_id=name, decision="allow" if bypass else "error", reason_code=reason, guard_status=status,
+                err=class_name(error), **self._who(row, tenant, prompts, attached, owners),
+            ))  # fmt: skip
+
+    def _who(
+        self, row: int, tenant: str | None, prompts: Sequence[Sequence[int]], attached: Attached, owners: Sequence[int]
+    ) -> dict:
+        policy = attached.policies[owners[row]]
+        ids = prompts[row] if row < len(prompts) else ()
+        hidden = None if self._key is None or tenant is None else self._key.of_text(tenant, purpose="tenant")
+        return {
+            "tenant": hidden,
+            "policy_fp": None if policy is None else policy.fingerprint(),
+            "model_fp": None if policy is None else policy.model.weights,
+            "sae_fp": None if policy is None or len(policy.saes) != 1 else policy.saes[0].fingerprint,
+            "prompt_hmac": None if self._key is None else self._key.of_tokens(ids),
+            "prompt_tokens": len(ids),
+        }
