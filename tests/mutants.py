@@ -76,6 +76,58 @@ def leaks_rows(block: nn.Module, sae: SAE, latents: Sequence[int | None], value:
         yield
 
 
+class _Rate:
+    """A gate on the share of hot tokens so far, by hand: from activations to the tokens at which it is open."""
+
+    def __init__(self, rate: float, fault: str):
+        self.rate, self.fault = rate, fault
+        self.column, self.mask = 0, None
+        self.hot, self.counts = torch.zeros(0, 0), torch.zeros(0, 0)
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Read the mask, and how much the cache holds."""
+        cache = kwargs.get("past_key_values")
+        self.column, self.mask = cache.get_seq_length() if cache is not None else 0, kwargs.get("attention_mask")
+
+    def __call__(self, f: Tensor) -> Tensor:
+        hot = (f > 0).any(-1).float()
+        rows, width = hot.shape
+        counts = torch.ones_like(hot) if self.mask is None else self.mask[:, self.column :].float()
+        if self.fault == "zeroes column 0":
+            hot[:, 0] = 0
+        if self.fault == "pools over padding":
+            counts = torch.ones_like(hot)
+        if self.column == 0:
+            self.hot, self.counts = torch.zeros(rows, 0), torch.zeros(rows, 0)
+        kept = self.hot.shape[1] if self.fault == "never goes back" else self.column
+        self.hot = torch.cat([self.hot[:, :kept], hot * counts], 1)
+        self.counts = torch.cat([self.counts[:, :kept], counts], 1)
+        total, n = self.hot.cumsum(1), self.counts.cumsum(1)
+        if self.fault == "shares its state":
+            total, n = total.sum(0, keepdim=True).expand(rows, -1), n.sum(0, keepdim=True).expand(rows, -1)
+        opened = (total / n.clamp(min=1) > self.rate)[:, -width:]
+        return opened & (width > 1) if self.fault == "decides by width" else opened
+
+
+@contextmanager
+def gates(
+    model: nn.Module, block: nn.Module, sae: SAE, latents: Sequence[int], value: float, *, rate: float, fault: str
+) -> Iterator[None]:
+    """Opens a row's gate while the share of its tokens with any of ``latents`` is above ``rate``.
+
+    Nothing is wrong where ``fault`` is "". "pools over padding" is DSG's mean over the padded row, "decides by width"
+    its decision at passes of more than one column, "zeroes column 0" its way to spare BOS; "shares its state" pools the
+    rows of a batch, and "never goes back" keeps what was seen of tokens that were thrown away.
+    """
+    gate = _Rate(rate, fault)
+    handle = model.register_forward_pre_hook(gate.before, with_kwargs=True)
+    try:
+        with _clamp(block, sae, latents, value, gate):
+            yield
+    finally:
+        handle.remove()
+
+
 @contextmanager
 def _rewritten(block: nn.Module, write: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Puts ``write(x)`` in place of what a block gives."""

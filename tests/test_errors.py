@@ -38,18 +38,21 @@ from saeguard import (
 from saeguard.engines import engine_for
 from saeguard.guarding.audit import AuditLog
 from saeguard.guarding.keys import AuditKey
+from saeguard.guarding.policy import Policy
 from saeguard.guarding.records import AuditRecord
+from saeguard.guarding.signing import SigningKey
 from saeguard.loaders.convert import convert
 from saeguard.loaders.native import save_sae
 from saeguard.models import find_demo, verify_sha256
 from saeguard.plans import MAX_BYTES
 from saeguard.scoring.table import ScoreTable
 from saeguard.training.corpus import read_corpus
-from tests import laws
+from tests import laws, policies
 from tests.counts import cases
 from tests.lookalikes import LOOKALIKES
 from tests.tiny import fresh_model, prompt, tiny_model, tiny_sae
 from tests.traces import add_plan, edited, nothing_left
+from tests.words import word_tokenizer
 
 IDS = prompt(2, 5)
 SAE = tiny_sae()
@@ -190,6 +193,16 @@ def without_scale(folder: Path) -> Any:
     return load_sae(LOOKALIKES["saelens average"].write(folder))
 
 
+def unsigned_policy(folder: Path) -> None:
+    policies.example().save(folder / "p.json")
+    Policy.load(folder / "p.json", signed_by=[policies.keys()[0].public])
+
+
+def stale_policy(folder: Path) -> None:
+    policies.example(serial=1).save(folder / "p.json")
+    Policy.load(folder / "p.json", at_least=2)
+
+
 CASES: dict[str, Case] = {
     "unknown stream": (errors.SiteNotFound, "The streams are resid_pre, resid_mid, resid_post", lambda _: Site("resid", 1)),
     "site that is no site": (errors.SiteNotFound, "Write it as resid_post.12", lambda _: Site.parse("layer 3")),
@@ -278,6 +291,12 @@ CASES: dict[str, Case] = {
     "short audit key": (errors.BadAuditKey, "16 random bytes or more", lambda _: AuditKey(b"short")),
     "audit log in no folder": (errors.AuditUnavailable, "it cannot be written", lambda folder: AuditLog(folder / "none" / "a.jsonl")),
     "audit log that was deleted": (errors.AuditFailed, "Refuse the request, mend the cause", deleted_log),
+    "policy that does nothing": (errors.BadPolicy, "it has neither a plan nor a refusal. Give one", lambda _: policies.example(plan=None, refusals=())),
+    "policy file of nothing": (errors.BadPolicyFile, "it is not JSON.*Restore the file", lambda _: Policy.from_json("")),
+    "policy without a signature": (errors.BadSignature, "saeguard policy sign", unsigned_policy),
+    "policy that was replaced": (errors.StalePolicy, "Use the release in force", stale_policy),
+    "key in no file": (errors.BadSigningKey, "saeguard policy keygen", lambda folder: SigningKey.from_file(folder / "none")),
+    "policy of another model": (errors.PolicyMismatch, "the model's weights are not those of tiny.*thresholds do not carry over", lambda _: policies.example().check(fresh_model(seed=1), word_tokenizer(), SAE)),
     "audit log of another kind": (errors.AuditTampered, "start a new log under another name", foreign_log),
     "no training text": (errors.TrainError, "there is no document in them. Give .txt files", lambda folder: corpus(folder, "", SimpleNamespace(bos_token_id=1))),
 }  # fmt: skip

@@ -5,8 +5,9 @@
     bytes(c) = sum(c) / bytes of c
     pmi(c)   = sum(c) - the same sum behind "Answer:" alone
 
-An answer is right where the right choice has the largest number; ties count as wrong. Every choice is a row of its own,
-so a plan on the model acts on the question and on the choice. Intervals are Wilson's, 95 %.
+An answer is right where the right choice has the largest number; ties count as wrong. A plan on the model acts on the
+question and on the choice. Where a guardrail would end the row of the choice that the model finds likeliest, the
+question is refused, which counts as wrong. Intervals are Wilson's, 95 %.
 """
 
 import gzip
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from saeguard.errors import BrokenFile, UnstableEdit, UnsupportedFormat
+from saeguard.errors import BrokenFile, UnsupportedFormat
+from saeguard.evaluating.likelihoods import BATCH, Branches, likelihoods
+from saeguard.evaluating.prompts import bare_ids, token_ids
+from saeguard.evaluating.subject import Plain, Subject, Verdict
 
 Reading = Literal["sum", "bytes", "pmi"]
-BATCH = 16
-"""Rows per forward pass."""
 _Z = 1.959963984540054
 
 
@@ -69,17 +71,28 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Answers:
-    """Per question and choice, the numbers of the three readings, in nats (and nats per byte)."""
+    """Per question and choice, the numbers of the three readings, in nats (and nats per byte).
+
+    ``asked`` is what became of each question alone, ``said`` of it with each choice behind it; empty where nobody told.
+    """
 
     questions: tuple[Question, ...]
     sum: tuple[tuple[float, ...], ...]
     bytes: tuple[tuple[float, ...], ...]
     pmi: tuple[tuple[float, ...], ...]
+    asked: tuple[Verdict, ...] = ()
+    said: tuple[tuple[Verdict, ...], ...] = ()
 
     def right(self, reading: Reading = "sum") -> list[bool]:
-        """Per question, whether the right choice has the largest number, and alone."""
-        rows = zip(self.questions, getattr(self, reading), strict=True)
-        return [all(row[q.gold] > x for i, x in enumerate(row) if i != q.gold) for q, row in rows]
+        """Per question, whether the right choice has the largest number, and alone, and its row was not stopped."""
+        rows = zip(self.questions, getattr(self, reading), self.refused(reading), strict=True)
+        return [not no and all(row[q.gold] > x for i, x in enumerate(row) if i != q.gold) for q, row, no in rows]
+
+    def refused(self, reading: Reading = "sum") -> list[bool]:
+        """Per question, whether the row of the choice with the largest number was stopped."""
+        rows = getattr(self, reading)
+        said = self.said or [(Verdict(),) * len(row) for row in rows]
+        return [several[row.index(max(row))].stopped for row, several in zip(rows, said, strict=True)]
 
     def accuracy(self, reading: Reading = "sum", *, topic: str | None = None) -> Accuracy:
         """Over all questions, or those of one topic."""
@@ -143,60 +156,46 @@ def answer(
     batch_rows: int = BATCH,
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
-    """Every choice's log-likelihood on the model as it is now: plain, or under the plan of the block around it.
+    """`answers_of` the model as it is now: plain, or under the plan of the block around the call."""
+    return answers_of(Plain(model, tokenizer), questions, batch_rows=batch_rows, progress=progress)
+
+
+def answers_of(
+    subject: Subject,
+    questions: Sequence[Question],
+    *,
+    batch_rows: int = BATCH,
+    progress: Callable[[int, int], None] | None = None,
+) -> Answers:
+    """Every choice's log-likelihood, and what became of each question and each choice.
 
     Neither batch size nor padding changes a number beyond float32 rounding. Raises `UnstableEdit` for NaN, which would
-    count as a wrong answer.
+    count as a wrong answer, and `BrokenFile` for a choice in which the tokenizer finds no token.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    rows: list[tuple[list[int], list[int]]] = []
+    tokenizer, branches = subject.tokenizer, []
     for one in questions:
-        asked, bare = bos + ids(f"Question: {one.question}\nAnswer:"), bos + ids("Answer:")
-        choices = [ids(f" {choice}") for choice in one.choices]
-        rows += [(front, choice) for choice in choices for front in (asked, bare)]
-    sums = iter(_log_likelihoods(model, rows, batch_rows, progress))
-    found: dict[str, list[tuple[float, ...]]] = {"sum": [], "bytes": [], "pmi": []}
-    for one in questions:
-        pairs = [(next(sums), next(sums)) for _ in one.choices]
-        found["sum"].append(tuple(full for full, _ in pairs))
-        found["bytes"].append(tuple(f / len(c.encode()) for (f, _), c in zip(pairs, one.choices, strict=True)))
-        found["pmi"].append(tuple(full - bare for full, bare in pairs))
-    return Answers(tuple(questions), *(tuple(found[name]) for name in get_args(Reading)))
-
-
-def _log_likelihoods(
-    model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], batch_rows: int,
-    progress: Callable[[int, int], None] | None,
-) -> list[float]:  # fmt: skip
-    """Of the second part of each row behind the first; rows of one length go through the model together."""
-    order = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i])))
-    device, found = next(model.parameters()).device, [0.0] * len(rows)
-    for low in range(0, len(order), batch_rows):
-        some = order[low : low + batch_rows]
-        width = sum(map(len, rows[some[0]]))
-        ids = torch.zeros(len(some), width, dtype=torch.long)
-        mask, counts = torch.zeros_like(ids), torch.zeros_like(ids)
-        for line, i in enumerate(some):
-            front, back = rows[i]
-            ids[line, : len(front) + len(back)] = torch.tensor(front + back)
-            mask[line, : len(front) + len(back)] = 1
-            counts[line, len(front) : len(front) + len(back)] = 1
-        for i, total in zip(some, _sums(model, ids.to(device), mask.to(device), counts[:, 1:]), strict=True):
-            found[i] = total
-        if any(math.isnan(found[i]) for i in some):
-            raise UnstableEdit(
-                f"the log-likelihood of answers under {type(model).__name__}", "it is NaN",
-                "Weaken the plan around the call, or run the model in float32 or bfloat16.",
+        backs = tuple(tuple(token_ids(tokenizer, f" {choice}")) for choice in one.choices)
+        if not all(backs):
+            raise BrokenFile(
+                f"the question {one.question[:60]!r}", "the tokenizer finds no token in one of its choices",
+                "Give choices in words that it knows.",
             )  # fmt: skip
-        if progress is not None:
-            progress(min(low + batch_rows, len(order)), len(order))
-    return found
+        fronts = (bare_ids(tokenizer, text) for text in (asked_as(one), "Answer:"))
+        branches += [Branches(tuple(front), backs) for front in fronts]
+    found = likelihoods(subject, branches, batch_rows=batch_rows, progress=progress)
+    full, bare = found[::2], found[1::2]
+    readings = {
+        "sum": [one.nats for one in full],
+        "bytes": [
+            tuple(x / len(c.encode()) for x, c in zip(one.nats, q.choices, strict=True))
+            for one, q in zip(full, questions, strict=True)
+        ],
+        "pmi": [tuple(x - y for x, y in zip(a.nats, b.nats, strict=True)) for a, b in zip(full, bare, strict=True)],
+    }
+    said = {"asked": tuple(one.asked for one in full), "said": tuple(one.said for one in full)}
+    return Answers(tuple(questions), **{name: tuple(rows) for name, rows in readings.items()}, **said)
 
 
-@torch.no_grad()
-def _sums(model: nn.Module, ids: Tensor, mask: Tensor, counts: Tensor) -> list[float]:
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    row, place = counts.nonzero(as_tuple=True)
-    log_p = logits[row, place].float().log_softmax(-1).gather(-1, ids[row, place + 1][:, None])[:, 0].double().cpu()
-    return torch.zeros(len(ids), dtype=torch.float64).index_add(0, row, log_p).tolist()
+def asked_as(question: Question) -> str:
+    """The prompt of the log-likelihoods."""
+    return f"Question: {question.question}\nAnswer:"

@@ -4,14 +4,30 @@ import math
 from collections.abc import Sequence
 
 from saeguard.engines.base import Request
-from saeguard.gating import Trace
+from saeguard.gating import BoundGate, Trace
 from saeguard.guarding.attached import Attached, Table
-from saeguard.guarding.outcome import Decision, fired_at
+from saeguard.guarding.outcome import Decision, Opened, fired_at
 
 
 def decide(attached: Attached, names: Sequence[str], table: Table, request: Request) -> tuple[Decision, ...]:
     """One per row of the request. The first of a policy's stops that opened is the reason of a refusal."""
     return tuple(_of_row(attached, names[owner], table, request, row, owner) for row, owner in enumerate(table.owners))
+
+
+def opened(attached: Attached, table: Table) -> tuple[Opened, ...]:
+    """One per row of passes that were called one by one, without a request."""
+
+    def is_open(row: int, gate: BoundGate | None) -> bool:
+        traces = [call.trace(gate) for call in table.calls] if gate is not None else []
+        return gate is None or any(bool(trace.fired[row]) for trace in traces if trace is not None)
+
+    return tuple(
+        Opened(
+            gate=any(is_open(row, rule.gate) for rule in attached.rules if owner in (rule.plans or ())),
+            stop=any(is_open(row, gate) for _, gate in attached.stops(owner)),
+        )
+        for row, owner in enumerate(table.owners)
+    )
 
 
 def _of_row(attached: Attached, name: str, table: Table, request: Request, row: int, owner: int) -> Decision:

@@ -24,10 +24,10 @@ from saeguard.engines.session import bind, join, leave
 from saeguard.errors import BadRule, GuardError, UnguardedCall, UnsupportedMode
 from saeguard.guarding.attached import Attached, Table, plan_of, stops_of
 from saeguard.guarding.audit import AuditLog
-from saeguard.guarding.deciding import decide
+from saeguard.guarding.deciding import decide, opened
 from saeguard.guarding.holding import Held
 from saeguard.guarding.keys import AuditKey
-from saeguard.guarding.outcome import Decision, Guarded, replaced
+from saeguard.guarding.outcome import Decision, Guarded, Opened, replaced
 from saeguard.guarding.policy import Policy
 from saeguard.guarding.recording import Recorder
 from saeguard.guarding.stopping import EndStopped, check_ends
@@ -138,21 +138,30 @@ class Guardrail:
 
     @contextmanager
     def rows(
-        self, rows: str | Sequence[str] | None = None, *, n: int, prompt_tokens: int | tuple[int, ...] | None = None
-    ) -> Iterator[Table]:
+        self, rows: str | Sequence[str] | None = None, *, n: int, prompt_tokens: int | tuple[int, ...] | None = None,
+        measuring: bool = False,
+    ) -> Iterator[Table]:  # fmt: skip
         """Passes of this thread inside the block are of ``n`` rows under these policies, edits and gates alike.
 
-        For losses and log-likelihoods. Raises `UnsupportedMode` for policies that stop rows, which only generate can.
+        For losses and log-likelihoods. Raises `UnsupportedMode` for policies that stop rows, which only generate can,
+        unless ``measuring``: then passes go on where a row would have been stopped, and `opened` says which.
         """
         with self._in_force() as standing:
             owners = standing.numbers(rows, n)
-            if any(standing.attached.stops(owner) for owner in owners):
+            if not measuring and any(standing.attached.stops(owner) for owner in owners):
                 raise UnsupportedMode(
                     "passes under a policy that stops rows", "there is no answer that could be stopped",
                     "Call guard.generate(...), or use a policy of edits only.",
                 )  # fmt: skip
             with standing.attached.rows(owners, prompt_tokens) as table:
                 yield table
+
+    def opened(self, table: Table) -> tuple[Opened, ...]:
+        """Of each row of a `rows` block: whether a gate of its policy has opened, and whether one that stops rows has.
+
+        What the row's cache held before the block counts. Raises `UnguardedCall`.
+        """
+        return opened(self._known().attached, table)
 
     def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` for another thread, in which it may call the model inside `rows`."""

@@ -30,6 +30,14 @@ class Decision:
     at: int | None = None
 
 
+@dataclass(frozen=True)
+class Opened:
+    """Whether any gate of a row's policy opened, a rule without one counting as open, and whether a stop's did."""
+
+    gate: bool
+    stop: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Guarded:
     """``sequences`` as generate returns them, rows that were refused with the refusal in place of the answer.

@@ -1,0 +1,58 @@
+"""A weighted sum of pooled evidence: several views of a row, one threshold.
+
+    score = sum_i weight_i pool_i(evidence_i)
+
+A part whose pool has no score yet (-inf, before the first counted token) makes the sum -inf.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from saeguard.errors import BadRule
+from saeguard.gates.base import Leaf, Seen, State, Verdict
+from saeguard.gates.checks import as_weights, one_number
+from saeguard.gates.watch import Watch
+
+
+@dataclass(frozen=True)
+class Blend:
+    """``gates`` are `Watch`es whose scores are summed; their own thresholds play no part."""
+
+    gates: tuple[Watch, ...]
+    weights: tuple[float, ...]
+    threshold: float
+
+    def __post_init__(self):
+        given: Any = self.gates
+        gates = tuple(given) if isinstance(given, list | tuple) else (given,)
+        if not gates or not all(type(gate) is Watch for gate in gates):
+            raise BadRule(f"Blend({given!r:.60})", "these are not Watch gates", "Give one Watch or more.")
+        object.__setattr__(self, "gates", gates)
+        object.__setattr__(self, "weights", as_weights("Blend", self.weights))
+        object.__setattr__(self, "threshold", one_number("Blend threshold", self.threshold))
+        if len(self.weights) != len(gates):
+            raise BadRule(f"Blend of {len(gates)} gates", f"it has {len(self.weights)} weights", "Give one per gate.")
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        return tuple(leaf for gate in self.gates for leaf in gate.leaves)
+
+    @property
+    def monotone(self) -> bool:
+        """Whether every part never falls and none counts against the sum."""
+        return all(gate.monotone for gate in self.gates) and min(self.weights) >= 0
+
+    def begin(self, rows: int, device: torch.device) -> State:
+        return tuple(gate.begin(rows, device) for gate in self.gates)
+
+    def step(self, state: State, seen: Sequence[Seen]) -> tuple[State, Verdict]:
+        after, score = [], None
+        for gate, weight, before, mine in zip(self.gates, self.weights, state, seen, strict=True):
+            next_state, verdict = gate.step(before, [mine])
+            after.append(next_state)
+            score = weight * verdict.score if score is None else score + weight * verdict.score
+        assert score is not None
+        return tuple(after), Verdict(score > self.threshold, score)
