@@ -1,4 +1,4 @@
-"""A boost for biology in one picture: what it explains beside its base, three of its latents found by what they do,
+"""A boost for biology in one picture: what it explains beside its base, some of its latents found by what they do,
 where they fire, and what the model writes when they are pushed.
 
 python examples/08_a_boost.py [out/boost.png]
@@ -18,7 +18,7 @@ from saeguard.scoring.pushed import Reading, pushed
 from saeguard.scoring.table import Meaning
 from saeguard.scoring.texts import Texts
 
-PUSHED, AMOUNT = 3, 2.0
+PUSHED, AMOUNT = 5, 2.0
 
 model, tokenizer = load_model("smollm2-135m-instruct")
 base, sae = load_sae("smollm2-135m-instruct/resid_post.20"), load_sae("smollm2-135m-instruct/resid_post.20+biology")
@@ -66,7 +66,7 @@ with steer(model, [None] * n + [plan] * n, saes=sae, tokenizer=tokenizer):
 nats = continuation_nats(model, ids, batch["attention_mask"], stop_ids=[tokenizer.eos_token_id])
 written = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 plain, steered = (sum(word_share(text, words) for text in side) / n for side in (written[:n], written[n:]))
-told = (f"Steered: all three raised by {AMOUNT:g} times their maximum. Words of biology: {plain:.1%} plain, "
+told = (f"Steered: all {PUSHED} raised by {AMOUNT:g} times their maximum. Words of biology: {plain:.1%} plain, "
         f"{steered:.1%} steered, {n} prompts; perplexity x {perplexity_ratio(nats[n:], nats[:n]):.2f}")  # fmt: skip
 print(*(f"{bar.name:10}{bar.before:7.1f} %{bar.after:7.1f} %" for bar in next(iter(panels.values()))), told, sep="\n")
 picture = BoostPicture(

@@ -219,7 +219,7 @@ class Editor:
 
     def _edit(self, number: int, x: Tensor, y: Stream, tokens: TokenBatch,
               covers: Bool[Tensor, "batch rules"],
-              opened: Fired | None) -> tuple[Stream, PartEdit | DenseEdit]:  # fmt: skip
+              opened: Bool[Tensor, "batch pos mine"] | None) -> tuple[Stream, PartEdit | DenseEdit]:  # fmt: skip
         part, (_, members, index, _) = self._part_on(number, y.device), self._parts[number]
         wheres = [self.rules[i].rule.where for i in members]
         if len(set(wheres)) == 1:

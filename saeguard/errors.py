@@ -56,6 +56,7 @@
        |- UnstableEdit          an edit produced NaN or infinity
        |- GateFailed            a gate has no score, or has not seen what it decides on
        |- UnguardedCall         a guarded model was called around its guardrail
+       |- GuardTimeout          a guarded call had not ended at its deadline
        |- PhaseUnknown          prompt and generated tokens cannot be told apart here
        |- TokensUnknown         padding, special tokens or positions cannot be known here
        |- UnsupportedMode       an execution mode whose edits cannot be exact
@@ -297,6 +298,10 @@ class GateFailed(GuardError):
 
 class UnguardedCall(GuardError):
     """A model under a guardrail was called without the guardrail saying which policy each row is under."""
+
+
+class GuardTimeout(GuardError):
+    """A guarded call had not come back and gone on record when its time was up."""
 
 
 class PhaseUnknown(GuardError):

@@ -82,14 +82,15 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _acting(value: Any) -> Any:
-    """Without what does not act; floats as the float32 that a model computes with."""
+    """Without what does not act; floats as the float32 that a model computes with, 10000.0 being 10000."""
     if isinstance(value, dict):
         kept = {str(name): part for name, part in value.items() if not _is_idle(str(name))}
         return {name: _acting(part) for name, part in kept.items()}
     if isinstance(value, list | tuple):
         return [_acting(part) for part in value]
     if isinstance(value, float) and abs(value) < 3e38:
-        return struct.unpack("f", struct.pack("f", value))[0]
+        rounded = struct.unpack("f", struct.pack("f", value))[0]
+        return int(rounded) if rounded.is_integer() else rounded
     return value
 
 

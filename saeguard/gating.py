@@ -22,6 +22,9 @@ from saeguard.tokens import TokenBatch, Where
 KEPT = 64
 """Passes that can be gone back over one by one; further back, a row has to be computed from its beginning."""
 
+LARGEST = 1e18
+"""What a gate's encoder may hold: sums of larger numbers overflow to NaN, and a threshold makes 0 of that."""
+
 
 @dataclass(frozen=True)
 class BoundLeaf:
@@ -241,8 +244,7 @@ class Gating:
             if leaf.sae is not None:
                 sae = saes[leaf.sae]
                 sae.check_latents(leaf.latents)
-                narrowed = sae.narrow(list(leaf.latents)).to(device=device)
-                self._slices[leaf, device] = narrowed if sae.ranks else narrowed.to(dtype=torch.float32)
+                self._slices[leaf, device] = _slice(sae, leaf.latents).to(device=device)
 
     @torch.no_grad()
     def masks(
@@ -282,7 +284,9 @@ class Gating:
         if leaf.sae is not None:
             with torch.autocast(x.device.type, enabled=False):
                 sae = self._slice_on(leaf, x.device)
-                f = sae.activate(sae.read(x.detach().float()).x).to(home)
+                f = sae.activate(sae.read(x.detach().float()).x)
+                # what an SAE makes of a vector that is none may look like silence
+                f = f.masked_fill(~x.isfinite().all(-1, keepdim=True), torch.nan).to(home)
         elif leaf.width is not None:  # a copy, to go back to: a model may write into its own stream
             raw = x.detach().to(home, torch.float32, copy=True)
         since, prompt, ready = tokens.since_prompt, None, None
@@ -295,3 +299,17 @@ class Gating:
             known = next(sae for (other, _), sae in self._slices.items() if other == leaf)
             self._slices[leaf, device] = known.to(device=device)
         return self._slices[leaf, device]
+
+
+def _slice(sae: SAE, latents: tuple[int, ...]) -> SAE:
+    """``sae`` with these latents. Raises `GateFailed`."""
+    narrowed = sae.narrow(list(latents))
+    if sae.ranks:  # its encoder is whole, and is made float32 a chunk at a time
+        return narrowed
+    if not all((tensor.abs() < LARGEST).all() for tensor in (narrowed.W_enc, narrowed.b_enc)):
+        raise GateFailed(
+            f"a gate on {sae.name}",
+            f"the encoder of its latents holds NaN, infinity or more than {LARGEST:g}, which can look like silence",
+            "Fetch or export the SAE again.",
+        )
+    return narrowed.to(dtype=torch.float32)

@@ -129,9 +129,9 @@ def _filled(values: Tensor, counts: Tensor, value: float) -> Tensor:
 
 
 @st.composite
-def rows_for(draw: Any, gate: Gate, *, most: int = 3, longest: int = 10) -> Rows:
+def rows_for(draw: Any, gate: Gate, *, most: int = 3, least: int = 0, longest: int = 10) -> Rows:
     """Random tokens: padding anywhere, special ones that only some leaves count, a prompt of any length."""
-    rows, width = draw(st.integers(1, most)), draw(st.integers(0, longest))
+    rows, width = draw(st.integers(1, most)), draw(st.integers(least, longest))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**30)))
     chance = draw(st.sampled_from((0.0, 0.2, 0.6, 1.0)))
     real = torch.rand(rows, width, generator=generator) >= chance * 0.7
@@ -172,6 +172,7 @@ def slowly(gate: Gate, rows: Rows) -> Verdict:
 
 def _tokens(seen: Seen, row: int) -> list[slow_gates.Token]:
     prompt, ready = seen.prompt, seen.ready
-    assert prompt is not None and ready is not None
+    assert prompt is not None
+    assert ready is not None
     columns = (seen.f, seen.x, seen.counts, prompt, ready)
     return [slow_gates.Token(*token) for token in zip(*(column[row].tolist() for column in columns), strict=True)]

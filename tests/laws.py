@@ -35,6 +35,7 @@ from saeguard import (
     steer,
 )
 from saeguard.errors import OverlappingRules
+from saeguard.gates import Count, Cusum, Gate, Hits, Latched, Not, Peak, Rate, TopKMean, Watch, Window
 from saeguard.plans import check_overlaps
 
 MARGIN = 1e-4
@@ -96,6 +97,7 @@ def rule_near_edge(rule: Rule, sae: SAE, x: Tensor) -> bool:
         return dense_near_edge(rule, sae, x)
     latents = list(rule.latents)
     watched = list(rule.trigger.latents) if rule.trigger else []
+    watched += [latent for leaf in (rule.gate.leaves if rule.gate else ()) for latent in leaf.latents]
     pre = x.float() @ sae.W_enc + sae.b_enc
     f = sae.encode(x)
     near = MARGIN * (1 + pre.abs())
@@ -205,14 +207,16 @@ def wheres(draw: Any, *, longest: int = 12, phases: Sequence[str] = ("all", "pro
 @st.composite
 def rules(
     draw: Any, sae: SAE, *, most: int = 5, where: st.SearchStrategy[dict[str, Any]] | None = None,
-    unit: st.SearchStrategy[str] = units, site: Site | None = None,
+    unit: st.SearchStrategy[str] = units, site: Site | None = None, gated: bool = False,
 ) -> Rule:  # fmt: skip
-    """One rule on an SAE, dense or not, with or without a trigger, a priority and a choice of tokens."""
+    """One rule on an SAE, dense or not, with or without a trigger, a priority, a choice of tokens and a gate."""
     latents = draw(_latents(sae.d_sae, most))
     trigger = None
     if draw(st.integers(0, 3)) == 0:
         trigger = AnyActive(draw(_latents(sae.d_sae, 4)), draw(st.integers(-4, 40)) / 4)
     options: dict[str, Any] = {"site": site, "trigger": trigger, **(draw(where) if where is not None else {})}
+    if gated and draw(st.booleans()):
+        options["gate"] = draw(gates(sae))
     match draw(st.integers(0, 9)):
         case 0:
             return Rule(sae.name, (), draw(splices(sae)), **options)
@@ -220,6 +224,15 @@ def rules(
             return Rule(sae.name, latents, draw(reweights(sae, k=len(latents))), **options)
     priority = draw(st.none() | st.integers(-3, 3))
     return Rule(sae.name, latents, draw(ops(k=len(latents), unit=unit)), priority=priority, **options)
+
+
+@st.composite
+def gates(draw: Any, sae: SAE) -> Gate:
+    """A gate on hits of the rule's own SAE, whose scores are never equal to its threshold."""
+    evidence = Hits(draw(_latents(sae.d_sae, 4)), special=draw(st.booleans()))
+    pool = draw(st.sampled_from((Rate(), Window(3), Cusum(0.25), Count(), Peak(), TopKMean(2))))
+    watch = Watch(evidence, pool, draw(st.integers(-1, 8)) / 8 + 0.0137)
+    return draw(st.sampled_from((watch, Not(watch), Latched(watch), Latched(Not(watch)))))
 
 
 def splices(sae: SAE) -> st.SearchStrategy[Splice]:

@@ -5,6 +5,7 @@ import copy
 import inspect
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from saeguard import (
     Ablate,
@@ -36,7 +38,11 @@ from saeguard import (
     steer,
 )  # fmt: skip
 from saeguard.engines import engine_for
+from saeguard.gates import token_rate
 from saeguard.guarding.audit import AuditLog
+from saeguard.guarding.calibrating import threshold
+from saeguard.guarding.deadline import Deadline
+from saeguard.guarding.guardrail import Guardrail
 from saeguard.guarding.keys import AuditKey
 from saeguard.guarding.policy import Policy
 from saeguard.guarding.records import AuditRecord
@@ -193,6 +199,20 @@ def without_scale(folder: Path) -> Any:
     return load_sae(LOOKALIKES["saelens average"].write(folder))
 
 
+def gate_on_a_filled_cache(_: Path) -> None:
+    cache = DynamicCache()
+    with torch.no_grad():
+        tiny_model()(IDS, past_key_values=cache)
+        with steer(tiny_model(), rule(1, gate=token_rate((2,), 0.5)), saes=SAE):
+            tiny_model()(IDS, past_key_values=cache)
+
+
+def around_the_guardrail(_: Path) -> None:
+    model, words = tiny_model(), word_tokenizer()
+    with Guardrail.attach(model, Policy.of(model, words, SAE, add_plan(1), name="push"), tokenizer=words, saes=SAE):
+        model(IDS)
+
+
 def unsigned_policy(folder: Path) -> None:
     policies.example().save(folder / "p.json")
     Policy.load(folder / "p.json", signed_by=[policies.keys()[0].public])
@@ -297,6 +317,10 @@ CASES: dict[str, Case] = {
     "policy that was replaced": (errors.StalePolicy, "Use the release in force", stale_policy),
     "key in no file": (errors.BadSigningKey, "saeguard policy keygen", lambda folder: SigningKey.from_file(folder / "none")),
     "policy of another model": (errors.PolicyMismatch, "the model's weights are not those of tiny.*thresholds do not carry over", lambda _: policies.example().check(fresh_model(seed=1), word_tokenizer(), SAE)),
+    "gate on a cache that it has not seen": (errors.GateFailed, "Begin with an empty cache inside the block", gate_on_a_filled_cache),
+    "call that hangs": (errors.GuardTimeout, "find out what hangs", lambda _: Deadline(0.01).run(lambda: time.sleep(0.3))),
+    "call around a guardrail": (errors.UnguardedCall, r"Call guard.generate", around_the_guardrail),
+    "threshold from too few rows": (errors.CalibrationRefused, "Give at least 299", lambda _: threshold([0.0, 1.0])),
     "audit log of another kind": (errors.AuditTampered, "start a new log under another name", foreign_log),
     "no training text": (errors.TrainError, "there is no document in them. Give .txt files", lambda folder: corpus(folder, "", SimpleNamespace(bos_token_id=1))),
 }  # fmt: skip

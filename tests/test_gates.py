@@ -6,6 +6,7 @@ eighths, so sums are exact and verdicts have to be equal, not close.
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +55,7 @@ def same(a: Verdict, b: Verdict) -> bool:
     return torch.equal(a.opened, b.opened) and close
 
 
-@settings(max_examples=cases(6_000))
+@settings(max_examples=cases(2_400))
 @given(st.data())
 def test_gate_says_at_every_token_what_its_equation_says(data):
     gate = data.draw(gates())
@@ -63,7 +64,7 @@ def test_gate_says_at_every_token_what_its_equation_says(data):
     assert same(step(gate, rows), slowly(gate, rows))
 
 
-@settings(max_examples=cases(4_000))
+@settings(max_examples=cases(1_600))
 @given(st.data())
 def test_tokens_may_arrive_in_any_passes(data):
     """Passes of no tokens are among them."""
@@ -74,7 +75,7 @@ def test_tokens_may_arrive_in_any_passes(data):
     assert same(step(gate, rows, cuts), step(gate, rows))
 
 
-@settings(max_examples=cases(2_000))
+@settings(max_examples=cases(1_200))
 @given(st.data(), st.sampled_from((torch.nan, torch.inf, -torch.inf, 1e30, -7.0)))
 def test_what_does_not_count_may_hold_anything(data, value):
     gate = data.draw(gates())
@@ -83,11 +84,11 @@ def test_what_does_not_count_may_hold_anything(data, value):
     assert same(step(gate, rows.with_padding(value)), step(gate, rows))
 
 
-@settings(max_examples=cases(2_000))
+@settings(max_examples=cases(1_200))
 @given(st.data(), st.sampled_from((0.0, 3.0, torch.nan)))
 def test_padding_between_tokens_changes_nothing(data, value):
     gate = data.draw(gates())
-    rows = data.draw(rows_for(gate, most=1))
+    rows = data.draw(rows_for(gate, most=1, least=1))
     places = data.draw(st.lists(st.integers(0, rows.real.shape[1]), max_size=5))
     padded, kept = padded_at(rows, sorted(places))
 
@@ -99,31 +100,21 @@ def test_padding_between_tokens_changes_nothing(data, value):
 def padded_at(rows: Rows, places: list[int]) -> tuple[Rows, list[int]]:
     """Columns that do not count put in front of those of ``places``; and where the others are now."""
     width = rows.real.shape[1]
-    order = sorted([*((place, 0, 0) for place in places), *((column, 1, column) for column in range(width))])
-    kept = [i for i, (_, is_token, _) in enumerate(order) if is_token]
-    source = torch.tensor([column for _, _, column in order], dtype=torch.long)
-    token = torch.tensor([bool(is_token) for _, is_token, _ in order], dtype=torch.bool)
+    order = sorted([*((place, 0) for place in places), *((column, 1) for column in range(width))])
+    kept = [i for i, (_, is_token) in enumerate(order) if is_token]
+    source = torch.tensor([min(column, width - 1) for column, _ in order])
+    token = torch.tensor([bool(is_token) for _, is_token in order])
     seen = []
     for one in rows.seen:
-        assert one.prompt is not None and one.ready is not None
-        take = lambda mask: mask[:, source] & token
-        ready = one.ready[:, source]
-        if width == 0:
-            empty = torch.zeros(len(rows.real), len(order), dtype=torch.bool)
-            f, x = (part.new_zeros(len(rows.real), len(order), part.shape[2]) for part in (one.f, one.x))
-            seen.append(Seen(f, x, empty, empty, empty))
-        else:
-            ready = torch.where(token, ready, _before(ready, token))
-            seen.append(Seen(one.f[:, source], one.x[:, source], take(one.counts), take(one.prompt), ready))
-    return Rows(tuple(seen), torch.zeros(len(rows.real), len(order), dtype=torch.bool)), kept
+        assert one.prompt is not None
+        assert one.ready is not None
+        counts, prompt = one.counts[:, source] & token, one.prompt[:, source] & token
+        ready = (one.ready[:, source] & token).cumsum(1) > 0  # that the prompt is over is never taken back
+        seen.append(Seen(one.f[:, source], one.x[:, source], counts, prompt, ready))
+    return Rows(tuple(seen), rows.real[:, source] & token), kept
 
 
-def _before(ready: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Whether any token up to each column was ready: the prompt's end is never taken back."""
-    return (ready & token).cumsum(1) > 0
-
-
-@settings(max_examples=cases(2_000))
+@settings(max_examples=cases(1_200))
 @given(st.data())
 def test_rows_know_nothing_of_each_other(data):
     gate = data.draw(gates())
@@ -135,7 +126,7 @@ def test_rows_know_nothing_of_each_other(data):
     assert same(found, whole.of_rows(torch.tensor(order)))
 
 
-@settings(max_examples=cases(3_000))
+@settings(max_examples=cases(1_200))
 @given(st.data())
 def test_gate_that_calls_itself_monotone_never_closes_again(data):
     gate = data.draw(gates())
@@ -144,7 +135,7 @@ def test_gate_that_calls_itself_monotone_never_closes_again(data):
     assert not gate.monotone or torch.equal(opened.cummax(1).values if opened.numel() else opened, opened)
 
 
-@settings(max_examples=cases(2_000))
+@settings(max_examples=cases(1_200))
 @given(st.data())
 def test_latched_gate_opens_where_the_gate_inside_first_does_and_stays_open(data):
     gate = data.draw(gates())
@@ -228,17 +219,21 @@ LOW = [Watch(Hits((1,)), pool, -1.0) for pool in (Rate(), Window(3), Cusum(), Co
 @pytest.mark.parametrize("gate", [*LOW, PooledHead((1,), ("mean",), (1.0,), 5.0), Cosine((1.0,), -2.0)])
 def test_gate_with_a_threshold_below_0_is_closed_until_a_token_counts(gate):
     """A score of 0 for nothing once opened such gates at BOS, and latched ones for good."""
-    row = stream(0.0, 0.0, 1.0, counts=[0, 0, 1]) if isinstance(gate, Cosine) else hits(0.0, 0.0, 0.0, counts=[0, 0, 1])
+    row = (
+        stream(0.0, 0.0, 1.0, counts=[0, 0, 1], prompt=3)
+        if isinstance(gate, Cosine)
+        else hits(0.0, 0.0, 0.0, counts=[0, 0, 1])
+    )
 
     assert opened(gate, row) == [False, False, True]
     assert opened(Latched(gate), row) == [False, False, True]
     assert scores(gate, row)[:2] == [NONE, NONE]
 
 
-def stream(*tokens: float, counts: list[int], prompt: int = 1) -> Rows:
+def stream(*tokens: float, counts: list[int], prompt: int | None = 1) -> Rows:
     """One row of a stream of width 1."""
     seen = hits(*tokens, counts=counts, prompt=prompt).seen[0]
-    return Rows((replace(seen, f=seen.f[..., :0], x=seen.f, prompt=seen.counts),), seen.counts)
+    return Rows((replace(seen, f=seen.f[..., :0], x=seen.f),), seen.counts)
 
 
 @pytest.mark.parametrize("gate", [Watch(Hits((1,)), Rate("prompt"), -1.0), Cosine((1.0,), -1.0)])
@@ -254,7 +249,7 @@ def test_gate_over_the_prompt_has_no_score_before_the_prompt_is_over(gate):
 @pytest.mark.parametrize("gate", [Watch(Hits((1,)), Rate("prompt"), 0.5), Cosine((1.0,), 0.5)])
 def test_gate_over_the_prompt_needs_to_know_where_it_ends(gate):
     with pytest.raises(PhaseUnknown, match="prompt_tokens=n"):
-        step(gate, hits(1.0))
+        step(gate, stream(1.0, counts=[1], prompt=None) if isinstance(gate, Cosine) else hits(1.0))
 
 
 def test_not_of_a_gate_that_has_seen_nothing_is_closed_so_that_padding_latches_nothing():
@@ -283,7 +278,8 @@ def test_longer_prompt_of_a_later_call_holds_what_was_generated_before():
 @pytest.mark.parametrize("around", [lambda gate: gate, Not, Latched, lambda gate: And((Always(), gate)),
                                     lambda gate: Or((Always(), gate))])  # fmt: skip
 def test_activation_that_is_no_number_is_seen_in_the_score(gate, around):
-    found = scores(around(gate), hits(0.0, math.nan))
+    whole, row = around(gate), hits(0.0, math.nan)
+    found = scores(whole, Rows(row.seen * len(whole.leaves), row.real))
 
     assert not math.isnan(found[0])
     assert math.isnan(found[1])
@@ -299,7 +295,7 @@ def text_with(entry: Any) -> str:
     return json.dumps(document)
 
 
-@settings(max_examples=cases(4_000))
+@settings(max_examples=cases(2_000))
 @given(gates())
 def test_every_gate_comes_back_from_a_plan_file(gate):
     plan = plan_with(gate)
@@ -416,22 +412,20 @@ junk = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
     | st.sampled_from(["", "watch", "rate", "prompt", "hits", "resid_post.1", "a"]),
     lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["kind", "latents", "gate", "gates", "pool", "evidence", "site"]), inner, max_size=3),
+    | st.dictionaries(st.sampled_from(["kind", "latents", "gate", "gates", "pool", "site"]), inner, max_size=3),
     max_leaves=4,
 )  # fmt: skip
 
 
 @pytest.mark.usefixtures("without_type_checks")
 def test_damaged_gates_are_read_or_refused_by_name():
-    @settings(max_examples=cases(20_000))
+    @settings(max_examples=cases(5_000))
     @given(gates(), junk, st.data())
     def check(gate: Gate, value: Any, data: Any) -> None:
         entry = json.loads(plan_with(gate).to_json())["rules"][0]["gate"]
         path = data.draw(st.sampled_from(list(paths(entry))))
-        try:
+        with suppress(SaeguardError):
             Plan.from_json(text_with(put(entry, path, value)))
-        except SaeguardError:
-            pass
 
     check()
 
@@ -516,7 +510,9 @@ def test_gate_of_somebody_else_is_refused_also_inside_another():
 
 def test_token_rate_is_short_for_a_watch():
     assert token_rate([1, 2], 0.5) == Watch(Hits((1, 2)), Rate(), 0.5)
-    assert token_rate([1], 3, Cusum(0.25), level=0.5, latched=True) == Latched(Watch(Hits((1,), 0.5), Cusum(0.25), 3.0))
+    assert token_rate([1], 3.0, Cusum(0.25), level=0.5, latched=True) == Latched(
+        Watch(Hits((1,), 0.5), Cusum(0.25), 3.0)
+    )
     assert token_rate((1,), 0.5, "prompt", sae="a", site=Site("resid_pre", 0)).leaves[0].sae == "a"
 
 

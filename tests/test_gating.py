@@ -88,8 +88,8 @@ GATES: dict[str, Gate] = {
 }
 PROMPT_GATES: dict[str, Gate] = {
     "rate of the prompt": token_rate((1, 2, 3), 0.45, "prompt"),
-    "cosine": Cosine(ones(), 0.05),
-    "not cosine": Not(Cosine(ones(), 0.05, site=Site("resid_pre", 1))),
+    "cosine": Cosine(ones(), 0.1),
+    "not cosine": Not(Cosine(ones(), 0.14, site=Site("resid_pre", 1))),
 }
 ALL_GATES = GATES | PROMPT_GATES
 
@@ -146,7 +146,7 @@ def words(rows: int, width: int, seed: int) -> Tensor:
     return torch.randint(0, tiny.VOCAB, (rows, width), generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=cases(1_200))
+@settings(max_examples=cases(500))
 @given(st.sampled_from(tiny.ARCHITECTURES), st.sampled_from(sorted(ALL_GATES)), st.sampled_from(KINDS),
        st.integers(0, 2**30), st.data())  # fmt: skip
 def test_any_chunking_opens_gates_where_a_full_pass_does(architecture, name, sae, seed, data):
@@ -167,7 +167,7 @@ def test_any_chunking_opens_gates_where_a_full_pass_does(architecture, name, sae
     assert laws.distance(found, expected) <= 10 * laws.TOLERANCE
 
 
-@settings(max_examples=cases(1_200))
+@settings(max_examples=cases(500))
 @given(st.sampled_from(tiny.ARCHITECTURES), st.sampled_from(sorted(ALL_GATES)), st.sampled_from(KINDS),
        st.sampled_from(("left", "right", "inside")), st.integers(0, 2**30), st.data())  # fmt: skip
 def test_padding_and_batch_mates_open_no_gate(architecture, name, sae, side, seed, data):
@@ -199,7 +199,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "static cache": {"cache_implementation": "static"},
     "prompt in chunks of 2": {"prefill_chunk_size": 2},
 }
-GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [tiny.PAD, tiny.BOS, tiny.EOS]}
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [tiny.PAD, tiny.BOS, tiny.EOS]}
 
 
 def generate(model: Any, ids: Tensor, **options: Any) -> Tensor:
@@ -236,16 +236,16 @@ def test_gates_of_these_tests_open_and_close():
 
 def test_left_padded_generation_says_what_each_row_alone_says():
     model, ids = tiny.tiny_model(), tiny.prompt(1, 8, seed=5)
-    padded, mask = torch.full((3, 10), tiny.PAD), torch.zeros(3, 10, dtype=torch.long)
-    lengths = (8, 5, 2)
+    padded, mask = torch.full((2, 10), tiny.PAD), torch.zeros(2, 10, dtype=torch.long)
+    lengths = (8, 3)
     for row, length in enumerate(lengths):
         padded[row, 10 - length :], mask[row, 10 - length :] = ids[0, :length], 1
     for name, gate in ALL_GATES.items():
         with steer(model, plan_of(gate), saes=SAES) as batched:
-            generate(model, padded, attention_mask=mask)
+            generate(model, padded, attention_mask=mask, max_new_tokens=5)
         for row, length in enumerate(lengths):
             with steer(model, plan_of(gate), saes=SAES) as alone:
-                generate(model, ids[:, :length])
+                generate(model, ids[:, :length], max_new_tokens=5)
 
             assert laws.edited_by_row(batched)[row : row + 1] == (laws.edited_by_row(alone) or [{}]), name
             assert opens(batched)[0][row] == opens(alone)[0][0], name
@@ -407,9 +407,9 @@ def test_prompt_lookup_goes_back_over_rejected_drafts():
     model, ids, rejected = tiny.tiny_model(), tiny.prompt(1, 5, seed=1).repeat(1, 4), 0
     for name, gate in ALL_GATES.items():
         with steer(model, plan_of(gate), saes=SAES) as plain:
-            expected = generate(model, ids, max_new_tokens=12)
+            expected = generate(model, ids, max_new_tokens=10)
         with steer(model, plan_of(gate), saes=SAES) as drafted, columns_passed(model) as widths:
-            found = generate(model, ids, max_new_tokens=12, prompt_lookup_num_tokens=3)
+            found = generate(model, ids, max_new_tokens=10, prompt_lookup_num_tokens=3)
         rejected += sum(widths) > found.shape[1] - 1
 
         assert torch.equal(found, expected), name
@@ -422,30 +422,37 @@ def test_assistant_s_drafts_leave_no_trace_in_a_gate():
     model, assistant, ids = tiny.tiny_model(), tiny.fresh_model(seed=1), tiny.prompt(1, 6, seed=4)
     for gate in ALL_GATES.values():
         with steer(model, plan_of(gate), saes=SAES) as plain:
-            expected = generate(model, ids, max_new_tokens=16)
+            expected = generate(model, ids, max_new_tokens=8)
         with steer(model, plan_of(gate), saes=SAES) as drafted:
-            found = generate(model, ids, max_new_tokens=16, assistant_model=assistant)
+            found = generate(model, ids, max_new_tokens=8, assistant_model=assistant)
 
         assert torch.equal(found, expected)
         assert said(drafted) == said(plain)
 
 
-BEAMS: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2}
+BEAMS: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3}
 
 
-@pytest.mark.parametrize("name", ALL_GATES)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_gates_follow_beams_that_trade_places(name, architecture):
+@pytest.mark.parametrize(("architecture", "name"), [*(("llama", name) for name in ALL_GATES), ("gpt2", "top k")])
+def test_gates_follow_beams_that_trade_places(architecture, name):
     """Without a cache every step computes its rows again, so that no memory has to follow anything."""
     model, plan, ids = tiny.tiny_model(architecture), plan_of(ALL_GATES[name]), tiny.prompt(2, 6, seed=8)
-    with steer(model, plan, saes=SAES) as computed:
+    with steer(model, plan, saes=SAES):
         expected = generate(model, ids, use_cache=False, **BEAMS)
+    with steer(model, plan, saes=SAES, prompt_tokens=6) as whole:
+        full(model, expected[:, :-1])
     for way in ({}, {"prefill_chunk_size": 4}):
         with steer(model, plan, saes=SAES) as followed:
             found = generate(model, ids, **BEAMS, **way)
 
         assert torch.equal(found, expected)
-        assert said(followed) == said(computed)
+        assert by_request(opens(followed)[0]) == by_request(opens(whole)[0])
+
+
+def by_request(first: Sequence[int | None]) -> list[list[int]]:
+    """Where the beams of each request opened, in no order: that of what is returned is not that of the last pass."""
+    places = [-1 if place is None else place for place in first]
+    return [sorted(places[i : i + 3]) for i in range(0, len(places), 3)]
 
 
 def test_beams_whose_reordering_nobody_saw_are_refused(monkeypatch):
@@ -454,9 +461,10 @@ def test_beams_whose_reordering_nobody_saw_are_refused(monkeypatch):
     reorder = lambda cache, rows: [layer.reorder_cache(rows) for layer in cache.layers] and cache
     model._reorder_cache = reorder  # type: ignore[attr-defined]
 
-    with pytest.raises(GateFailed, match="not reordered where saeguard could see it"):
-        with steer(model, plan_of(GATES["rate"]), saes=SAES):
-            generate(model, tiny.prompt(1, 6), **BEAMS)
+    refused = pytest.raises(GateFailed, match="not reordered where saeguard could see it")
+
+    with refused, steer(model, plan_of(GATES["rate"]), saes=SAES):
+        generate(model, tiny.prompt(1, 6), **BEAMS)
 
 
 def test_sampled_sequences_of_a_row_have_a_gate_each():
@@ -488,8 +496,7 @@ def test_cache_that_goes_on_in_a_second_call_is_remembered(name):
     assert said(run, 0) == before
     start = first.shape[1] - 1
     late = [tuple(at for at in row if at >= start) for row in whole.report.rules[0].edited_positions[0]]
-    if name not in PROMPT_GATES:  # those were asked about another prompt in the first call
-        assert list(run.report.rules[0].edited_positions[1]) == late
+    assert list(run.report.rules[0].edited_positions[1]) == late
 
 
 def test_cache_that_was_filled_outside_of_the_block_is_refused():
@@ -568,7 +575,8 @@ CHANGES: list[Change] = [
 @pytest.mark.parametrize("change", CHANGES)
 def test_gate_knows_what_is_done_to_a_cache_between_two_passes(change):
     model, ids, more = tiny.tiny_model(), words(3, 9, 2), words(6, 7, 3)
-    for name, gate in GATES.items():
+    for name in ("count", "window", "top k", "peak of a probe", "head", "latched", "another SAE"):
+        gate = GATES[name]
         with steer(model, plan_of(gate), saes=SAES) as run:
             cache = DynamicCache(config=model.config)
             chunked(model, ids, (4,), cache)
@@ -600,7 +608,7 @@ def test_cache_that_another_call_went_on_with_is_followed():
 
 def test_static_cache_in_a_loop_is_remembered():
     model, ids = tiny.tiny_model(), words(2, 8, 5)
-    for gate in GATES.values():
+    for gate in (GATES["window"], GATES["or"], GATES["and"]):
         with steer(model, plan_of(gate), saes=SAES) as run:
             chunked(model, ids, (3, 4, 5), StaticCache(config=model.config, max_cache_len=16))
         with steer(model, plan_of(gate), saes=SAES) as whole:
@@ -616,7 +624,7 @@ def test_gate_goes_back_no_further_than_it_remembers():
         chunked(model, ids, range(1, ids.shape[1]), cache)
         cache.crop(-(KEPT - 2))
         model(ids[:, -3:-1], past_key_values=cache)
-        cache.crop(-40)
+        cache.crop(-8)
         with pytest.raises(GateFailed, match=f"before its latest {KEPT} passes"):
             model(ids[:, :1], past_key_values=cache)
 
@@ -636,11 +644,9 @@ def test_memory_of_a_gate_stays_bounded_over_500_steps():
 # Failing closed
 
 
-@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("name", sorted(set(GATES) - {"always"}))
 def test_gate_without_a_score_fails_before_a_token_is_sampled(name):
     model, sampled = tiny.fresh_model(), []
-    if name == "always":
-        return
     with torch.no_grad():
         model.get_input_embeddings().weight[11] = float("nan")
     ids = torch.tensor([[tiny.BOS, 5, 6, 11, 7]])
@@ -652,7 +658,7 @@ def test_gate_without_a_score_fails_before_a_token_is_sampled(name):
 
 
 @pytest.mark.parametrize("value", [float("nan"), 3e38])
-@pytest.mark.parametrize("kind", ["relu", "topk"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_gate_whose_sae_overflows_fails(value, kind):
     base = tiny.tiny_sae(activation=kind, name="broken", seed=5)
     W_enc = base.W_enc.clone()
@@ -661,18 +667,6 @@ def test_gate_whose_sae_overflows_fails(value, kind):
 
     with pytest.raises(GateFailed), steer(tiny.tiny_model(), plan_of(gate), saes=[*SAES, replace(base, W_enc=W_enc)]):
         full(tiny.tiny_model(), tiny.prompt(1, 6))
-
-
-def test_nan_in_padding_fails_nothing():
-    model, ids = tiny.fresh_model(), torch.tensor([[11, 11, tiny.BOS, 5, 6, 7]])
-    with torch.no_grad():
-        model.get_input_embeddings().weight[11] = float("inf")
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
-    gate = token_rate((1, 2, 3), 0.45, site=Site("resid_pre", 0))
-    with steer(model, plan_of(gate), saes=SAES) as run:
-        full(model, ids, attention_mask=mask)
-
-    assert run.calls
 
 
 # Threads, dtypes and SAEs of other kinds
@@ -690,6 +684,19 @@ def test_threads_of_one_block_have_memories_of_their_own():
 
     assert found == alone
     assert len(run.report.gates[0].first) == 4
+
+
+def test_model_that_is_compiled_inside_the_block_opens_the_same_gates():
+    model, ids = tiny.fresh_model(), words(2, 9, 2)
+    plan = plan_of(GATES["or"])
+    with steer(model, plan, saes=SAES) as run:
+        expected = full(model, ids)
+    with steer(model, plan, saes=SAES) as compiled:
+        found = full(torch.compile(model, backend="eager"), ids)  # type: ignore[arg-type]
+    torch.compiler.reset()  # its graphs would keep later tests from hooking models of this class
+
+    assert said(compiled) == said(run)
+    assert laws.distance(found, expected) <= laws.TOLERANCE
 
 
 def test_bfloat16_model_opens_its_gates_by_float32_scores():
@@ -748,7 +755,7 @@ FAULTS = ("pools over padding", "decides by width", "shares its state", "never g
 def test_laws_catch_faults_of_published_gates_and_pass_the_same_gate_without_one(fault):
     """Each fault breaks one of: chunks, padding, rows, going back over drafts; the right gate breaks none."""
     model, block = tiny.tiny_model(), tiny.tiny_model().get_submodule("model.layers.1")
-    ids, found = words(3, 9, 2).clamp(min=3), []
+    ids, found = words(3, 9, 3).clamp(min=3), []
     padded, mask = torch.cat([ids[:, :1], ids[:, :1], ids[:, :1], ids], 1), torch.ones(3, 12, dtype=torch.long)
     mask[:, :3] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)

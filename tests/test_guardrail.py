@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import TextIteratorStreamer
 
 from saeguard import Add, Plan, Rule, Scale, steer
+from saeguard.editor import Editor
 from saeguard.errors import (
     AuditFailed,
     GateFailed,
     GuardError,
+    GuardTimeout,
     PolicyMismatch,
     RowsMismatch,
     UnguardedCall,
@@ -178,7 +180,7 @@ class Ears:
 
     @property
     def ids(self) -> list[int]:
-        return torch.cat(self.heard).tolist()
+        return [number for piece in self.heard for number in piece.tolist()]
 
 
 def test_stream_holds_no_token_behind_the_gate_and_then_the_refusal(model):
@@ -189,7 +191,7 @@ def test_stream_holds_no_token_behind_the_gate_and_then_the_refusal(model):
 
     at = found.decisions[0].at
     assert ears.ended
-    assert ears.ids == [*plain[: at + 1], tiny.EOS, 9, 9, 8, tiny.EOS]
+    assert ears.ids == [*plain[: (at or 0) + 1], tiny.EOS, 9, 9, 8, tiny.EOS]
 
 
 def test_stream_ends_without_its_last_token_when_the_record_fails(model, tmp_path, monkeypatch):
@@ -313,3 +315,25 @@ def test_row_without_an_end_token_cannot_be_stopped_and_is_refused(model):
     model.generation_config.eos_token_id = None
     with attach(model, refusing(model)) as guard, pytest.raises(UnsupportedMode, match="end token"):
         guard.generate(IDS, **WRITE)
+
+
+def test_call_that_hangs_is_refused_at_its_deadline_and_never_goes_out(model, tmp_path, monkeypatch):
+    log, hung, ears = AuditLog(tmp_path / "audit.jsonl"), threading.Event(), Ears()
+    before = Editor.__call__
+
+    def hang(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hung.wait(30)
+        return before(self, *args, **kwargs)
+
+    guard = attach(model, policy(model), audit=log, seconds=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Editor, "__call__", hang)
+        with pytest.raises(GuardTimeout):
+            guard.generate(IDS[:1], streamer=ears, **WRITE)
+        assert ears.ended
+        heard = len(ears.ids)
+        hung.set()
+    guard.detach()  # waits for the call that hung
+
+    assert len(ears.ids) == heard
+    assert [entry.record.decision for entry in read(tmp_path / "audit.jsonl")] == ["error"]

@@ -378,8 +378,8 @@ MISMATCHES = {
         "the model's configuration (heads,",
     ),
     "another activation": ({"model": lambda: changed_model("hidden_act", "gelu")}, "the model's configuration (heads,"),
-    "a word more": ({"tokenizer": lambda: with_word("new")}, "the tokenizer makes other ids"),
-    "another chat template": ({"tokenizer": lambda: with_template("{{ messages }}")}, "the tokenizer makes other ids"),
+    "a word more": ({"tokenizer": lambda: with_word("new")}, "the tokenizer is another one"),
+    "another chat template": ({"tokenizer": lambda: with_template("{{ messages }}")}, "the tokenizer is another one"),
     "no SAE": ({"saes": dict}, "SAE tiny is not there"),
     "one SAE weight": ({"saes": shifted_sae}, "SAE tiny is not the one that the policy was made with"),
     "SAE at another site": ({"saes": lambda: shifted_sae(site=Site("resid_post", 2))},
@@ -418,6 +418,7 @@ def test_fingerprints_forget_names_places_and_what_a_call_may_change(tmp_path):
     before = model_fingerprint(model), config_fingerprint(model), tokenizer_fingerprint(tokenizer)
     model.config._name_or_path, model.config.use_cache, model.config.attention_dropout = "elsewhere", False, 0.5
     model.config.note_of_somebody = "not known to the class"
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 10_000}
     model.requires_grad_(False)
     tokenizer(["w5", "w6 w7"], padding=True, truncation=True, max_length=3)
     save_model(tmp_path)

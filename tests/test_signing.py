@@ -178,6 +178,13 @@ def test_nobody_trusted_means_that_nothing_passes(file):
         Policy.load(file, signed_by=())
 
 
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("signed_by", [KEY.public, KEY.public.hex, [KEY.public.hex], {KEY.public}, True])
+def test_what_is_no_list_of_keys_trusts_nobody(signed_by, file):
+    with pytest.raises(BadSigningKey, match="that is no list of PublicKey"):
+        Policy.load(file, signed_by=signed_by)
+
+
 def test_signature_made_for_another_use_is_refused(file):
     """The same key over the same bytes, without the words in front."""
     text = example().to_json()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saeguard import Add, Plan, Rule, Run, Site
-from saeguard.engines import session
+from saeguard.engines import inside, session
 from tests.tiny import EOS, SPECIAL
 
 SITE = Site("resid_post", 1)
@@ -17,7 +17,7 @@ _TABLES = tuple(name for name, table in vars(nn.Module()).items() if "hook" in n
 
 def make_up(model: nn.Module) -> list[Any]:
     """Every module's hooks in their order, flags and instance attributes; equal before and after a block."""
-    found: list[Any] = [dict(session._OPEN), session._INSIDE.get()]
+    found: list[Any] = [dict(session._OPEN), inside._INSIDE.get()]
     for path, module in model.named_modules(remove_duplicate=False):
         tables = {name: list(getattr(module, name).items()) for name in _TABLES}
         found.append((path, module, tables, list(vars(module)), module.training, module.forward))

@@ -155,10 +155,10 @@ def _check(found: Any, model: str) -> None:
 
 def _tell(found: Any) -> None:
     rules = () if found.plan is None else found.plan.rules
-    rows = [("edit", rule, _kind(rule.gate), "-") for rule in rules]
+    rows = [("edit", rule, _short(rule.gate), "-") for rule in rules]
     for stop in found.refusals:
         says = f"{stop.text:.60}" if hasattr(stop, "text") else "-"
-        rows.append((f"{type(stop).__name__.lower()} ({stop.reason})", stop.sae, _kind(stop.gate), says))
+        rows.append((f"{type(stop).__name__.lower()} ({stop.reason})", stop.sae, _short(stop.gate), says))
     console = out()
     console.print(table(f"{found.name}, serial {found.serial}", ("does", "with", "gate", "text"), rows))
     pins = [("model", found.model.name, "-", found.model.weights[:16]), ("tokenizer", "-", "-", found.tokenizer[:16])]
@@ -171,5 +171,6 @@ def _tell(found: Any) -> None:
     console.print(f"fingerprint {found.fingerprint()}", soft_wrap=True)
 
 
-def _kind(gate: Any) -> str:
-    return "-" if gate is None else type(gate).__name__
+def _short(gate: Any) -> str:
+    """A gate as it is written in Python, as far as a line can show it."""
+    return "-" if gate is None else f"{gate!r:.100}"

@@ -322,14 +322,14 @@ class Session:
                 "A module was replaced, skipped or called through .forward, or steer ended while the pass ran: restore "
                 "it, and enter steer again.",
             )
+        for view in forward.views.values():
+            view.record.memory.check(view.tokens)
         if forward.unstable and bool(torch.stack([flag.cpu() for flag in forward.unstable]).any()):
             raise UnstableEdit(
                 f"edits at {', '.join(sorted(map(str, forward.ran)))}",
                 "an edited vector holds NaN or infinity",
                 "Use smaller amounts, or a dtype with more range; nothing was sampled from this pass.",
             )
-        for view in forward.views.values():
-            view.record.memory.check(view.tokens)
         cache = self.engine.read_cache(output)
         forward.call.cache = None if cache is None else weakref.ref(cache)
         self._memories.keep(forward.call.records, cache)

@@ -180,7 +180,7 @@ def at_prompt_end(totals: Tensor, before: Tensor, seen: Seen) -> tuple[Tensor, T
             "Say steer(model, plan, prompt_tokens=n), or use a gate over all tokens so far.",
         )
     places = torch.arange(1, totals.shape[1] + 1, device=totals.device)
-    none = torch.zeros_like(places[:1]).expand(totals.shape[0], 1)
-    last = largest(torch.where(seen.prompt, places, 0), none[:, 0])  # 0: no token of this pass
+    none = torch.zeros(totals.shape[0], dtype=places.dtype, device=places.device)
+    last = largest(torch.where(seen.prompt, places, 0), none)  # 0: no token of this pass
     index = last.view(*last.shape, *[1] * (totals.ndim - 2)).expand_as(totals)
     return torch.cat([before[:, None], totals], 1).gather(1, index), seen.ready

@@ -69,6 +69,8 @@ def _read(what: str, names: dict[str, Any], entry: Any) -> Any:
 
 def _value(name: str, value: Any) -> Any:
     role = _ROLES.get(name)
+    if name == "site" and isinstance(value, str):
+        return Site.parse(value)
     if role is None:
         return tuple(value) if isinstance(value, list) else value
     if isinstance(value, list):

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from saeguard.engines.session import bind, join, leave
 from saeguard.errors import BadRule, GuardError, UnguardedCall, UnsupportedMode
 from saeguard.guarding.attached import Attached, Table, plan_of, stops_of
 from saeguard.guarding.audit import AuditLog
+from saeguard.guarding.deadline import Deadline
 from saeguard.guarding.deciding import decide, opened
 from saeguard.guarding.holding import Held
 from saeguard.guarding.keys import AuditKey
@@ -64,9 +66,11 @@ class Standing:
 class Guardrail:
     """See the module's text. Made by `attach`."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, saes: Mapping[str, SAE], recorder: Recorder):
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, saes: Mapping[str, SAE], recorder: Recorder, seconds: float | None
+    ):
         self.model, self.tokenizer, self.saes = model, tokenizer, saes
-        self._recorder = recorder
+        self._recorder, self._seconds = recorder, seconds
         self._standing: Standing | None = None
         self._changing = threading.Condition()
         self._running = 0
@@ -81,14 +85,16 @@ class Guardrail:
         saes: SAE | Iterable[SAE] = (),
         audit: AuditLog | None = None,
         key: AuditKey | None = None,
+        seconds: float | None = None,
     ) -> "Guardrail":
         """Put ``model`` under ``policies``: one for all rows, or several by name, None for rows that are let through.
 
         Every policy has to be made for this model, tokenizer and SAEs. ``audit`` gets one record per row of every
-        request, in which ``key`` stands for the prompt. Raises `PolicyError`, `BindError`, `ModelBusy`.
+        request, in which ``key`` stands for the prompt. ``seconds`` is how long a call of `generate` may take. Raises
+        `PolicyError`, `BindError`, `ModelBusy`.
         """
         given = [saes] if isinstance(saes, SAE) else list(saes)
-        guard = cls(model, tokenizer, {sae.name: sae for sae in given}, Recorder(audit, key))
+        guard = cls(model, tokenizer, {sae.name: sae for sae in given}, Recorder(audit, key), seconds)
         guard._standing = guard._stand(policies)
         return guard
 
@@ -103,14 +109,16 @@ class Guardrail:
         """``model.generate`` with each row under its policy; ``rows`` names one per row, or one for all.
 
         Rows of a policy with a refusal end where its gate opens, and have its text in place of their answer. Raises
-        `GuardError` when edits cannot be exact, unless the policies of all rows say "bypass", and `AuditError` when
-        the request cannot go on record; nothing of the answer leaves then.
+        `GuardError` when edits cannot be exact or time is up, unless the policies of all rows say "bypass", and
+        `AuditError` when the request cannot go on record; nothing of the answer leaves then.
         """
+        deadline = Deadline(self._seconds)
         if kwargs.get("streamer") is None:
-            return self._answer(rows, request_ids, tenant, args, kwargs)
+            return deadline.run(lambda: self._answer(rows, request_ids, tenant, args, kwargs, deadline))
         held = Held(kwargs["streamer"])
+        heard = kwargs | {"streamer": held}
         try:
-            guarded = self._answer(rows, request_ids, tenant, args, kwargs | {"streamer": held})
+            guarded = deadline.run(lambda: self._answer(rows, request_ids, tenant, args, heard, deadline))
         except BaseException:
             held.give_up()
             raise
@@ -119,7 +127,7 @@ class Guardrail:
 
     def _answer(
         self, rows: str | Sequence[str] | None, request_ids: Sequence[str] | None, tenant: str | None, args: Any,
-        kwargs: dict,
+        kwargs: dict, deadline: Deadline,
     ) -> Guarded:  # fmt: skip
         """The answer, when it is on record."""
         started = time.perf_counter()
@@ -128,12 +136,19 @@ class Guardrail:
             owners = standing.numbers(rows, request.rows)
             names, prompts = _request_ids(request_ids, request.rows), _prompts(args, kwargs)
             with standing.attached.rows(owners) as table:
+                deadline.told = lambda error: self._recorder.write_error(
+                    error, names, tenant, prompts, standing.attached, owners, table, bypass=False
+                )
                 try:
                     output = self._run(standing, owners, request, args, kwargs)
                     guarded = self._outcome(standing, table, request, output)
                 except BaseException as error:
-                    return self._failed(standing, owners, names, tenant, prompts, error, request, args, kwargs)
-                self._recorder.write(guarded, names, tenant, prompts, standing.attached, owners, started)
+                    failed = partial(
+                        self._failed, standing, table, names, tenant, prompts, error, request, args, kwargs
+                    )
+                    return deadline.commit(failed)
+                deadline.commit(lambda: self._recorder.write(
+                    guarded, names, tenant, prompts, standing.attached, owners, started))  # fmt: skip
         return guarded
 
     @contextmanager
@@ -260,13 +275,14 @@ class Guardrail:
             return []
         return [guarded.sequences[0, guarded.prompt_columns :].cpu()]
 
-    def _failed(self, standing: Standing, owners: Sequence[int], names: Sequence[str], tenant: str | None,
+    def _failed(self, standing: Standing, table: Table, names: Sequence[str], tenant: str | None,
                 prompts: Any, error: BaseException, request: Request, args: Any, kwargs: dict) -> Guarded:  # fmt: skip
         """Record what was raised and raise it; or, where all policies of the call say so, let the call go by."""
+        owners = table.owners
         policies = [standing.attached.policies[owner] for owner in owners]
         chosen = all(policy is not None and policy.on_error == "bypass" for policy in policies)
         bypass = chosen and isinstance(error, GuardError) and kwargs.get("streamer") is None  # it has heard a part
-        self._recorder.write_error(error, names, tenant, prompts, standing.attached, owners, bypass=bypass)
+        self._recorder.write_error(error, names, tenant, prompts, standing.attached, owners, table, bypass=bypass)
         if not bypass:
             raise error
         with standing.session.muted():

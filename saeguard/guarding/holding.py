@@ -9,11 +9,13 @@ class Held:
     def __init__(self, streamer: Any):
         self._streamer = streamer
         self._last: list[Any] = []
+        self._over = False
 
     def put(self, value: Any) -> None:
-        """Pass on what was kept back, and keep this."""
-        self._flush()
-        self._last.append(value)
+        """Pass on what was kept back, and keep this; after the end, a thread that hung may go on saying things."""
+        if not self._over:
+            self._flush()
+            self._last.append(value)
 
     def end(self) -> None:
         """Generate has ended; the consumer hears of it later."""
@@ -27,6 +29,7 @@ class Held:
 
     def give_up(self) -> None:
         """The request failed: what was kept back never goes out, and nobody has to wait for it."""
+        self._over = True
         self._streamer.end()
 
     def _flush(self) -> None:

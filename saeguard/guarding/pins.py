@@ -97,7 +97,7 @@ def tokenizer_differences(pinned: str, tokenizer: Any) -> list[str]:
     """How ``tokenizer`` is another one than that of fingerprint ``pinned``; empty when it is not."""
     if tokenizer_fingerprint(tokenizer) == pinned:
         return []
-    return ["the tokenizer makes other ids (vocabulary, merges, special tokens or chat template)"]
+    return ["the tokenizer is another one (vocabulary, merges, special tokens or chat template)"]
 
 
 def by_name(saes: SAEs) -> dict[str, SAE]:

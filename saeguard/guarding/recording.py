@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from saeguard.guarding.attached import Attached
+from saeguard.guarding.attached import Attached, Table
 from saeguard.guarding.audit import AuditLog
 from saeguard.guarding.keys import AuditKey
 from saeguard.guarding.outcome import Guarded
@@ -32,13 +32,12 @@ class Recorder:
             ))  # fmt: skip
 
     def write_error(self, error: BaseException, names: Sequence[str], tenant: str | None,
-                    prompts: Sequence[Sequence[int]], attached: Attached, owners: Sequence[int], *,
+                    prompts: Sequence[Sequence[int]], attached: Attached, owners: Sequence[int], table: Table, *,
                     bypass: bool) -> None:  # fmt: skip
         """What was raised, and whether the request goes by. Raises `AuditError`."""
         if self._log is None:
             return
-        table = attached.table
-        status = "partial" if table is not None and table.calls else "not_run"
+        status = "partial" if table.calls else "not_run"
         reason = f"bypass.{class_name(error)}" if bypass else "guard.failed"
         for row, name in enumerate(names):
             self._log.write(AuditRecord(

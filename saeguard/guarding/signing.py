@@ -149,8 +149,11 @@ def make_keys(path: str | Path) -> tuple[PublicKey, Path]:
 def demand(text: str, signature: Signature | None, signed_by: Sequence[PublicKey]) -> None:
     """Raise `BadSignature` unless one of the trusted keys has signed the policy of this canonical text.
 
-    No key trusted means that nothing passes. Raises `MissingExtra` without cryptography.
+    No key trusted means that nothing passes. Raises `BadSigningKey` for what is no `PublicKey`, and `MissingExtra`
+    without cryptography.
     """
+    if not isinstance(signed_by, list | tuple) or not all(isinstance(key, PublicKey) for key in signed_by):
+        raise BadSigningKey("who may sign a policy", "that is no list of PublicKey", "Use [PublicKey.from_file(...)].")
     trusted = ", ".join(f"{key.hex[:16]}..." for key in signed_by) or "nobody"
     if signature is None:
         raise _bad(f"it has none, and has to be signed by {trusted}", "Have it signed: saeguard policy sign.")
