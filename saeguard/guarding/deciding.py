@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from saeguard.engines.base import Request
+from saeguard.errors import GuardNotApplied
 from saeguard.gating import BoundGate, Trace
 from saeguard.guarding.attached import Attached, Table
 from saeguard.guarding.outcome import Decision, Opened, fired_at
@@ -35,11 +36,11 @@ def _of_row(attached: Attached, name: str, table: Table, request: Request, row: 
     fired, largest = fired_at(attached.rules, owner, rows, table.calls)
     scores = _scores(attached, table, rows, owner)
     for stop, bound in attached.stops(owner):
-        for trace in (call.trace(bound) for call in table.calls):
-            if trace is not None and bool(trace.fired[rows].any()):
+        for trace in _traces(table, bound):
+            if bool(trace.fired[rows].any()):
                 at = int(trace.first[rows][trace.fired[rows]].min())
                 return Decision("refuse", stop.reason, name, scores, fired, largest, at)
-    if any(counts.tokens for counts in fired.values()):
+    if any(counts.rows for counts in fired.values()):
         return Decision("steer", "edited", name, scores, fired, largest)
     return Decision("allow", "quiet" if attached.policies[owner] is not None else "open", name, scores, fired, largest)
 
@@ -52,8 +53,19 @@ def _scores(attached: Attached, table: Table, rows: slice, owner: int) -> dict[s
     )  # fmt: skip
     found = {}
     for number, gate in enumerate(gates):
-        traces: list[Trace] = [trace for call in table.calls if (trace := call.trace(gate)) is not None]
-        peaks = [float(trace.peak[rows].max()) for trace in traces]
-        if peaks and math.isfinite(max(peaks)):
-            found[f"gate.{number}"] = max(peaks)
+        peak = max(float(trace.peak[rows].max()) for trace in _traces(table, gate))
+        if math.isfinite(peak):
+            found[f"gate.{number}"] = peak
     return found
+
+
+def _traces(table: Table, gate: BoundGate) -> list[Trace]:
+    """What a gate said in the call. Raises `GuardNotApplied` where it said nothing."""
+    found = [call.trace(gate) for call in table.calls]
+    traces = [trace for trace in found if trace is not None]
+    if not traces or len(traces) < len(found):
+        raise GuardNotApplied(
+            f"{type(gate.gate).__name__} of a policy", "there is no record of what it said in this call",
+            "The answer must not be used.",
+        )  # fmt: skip
+    return traces

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from saeguard.engines.base import Request
 from saeguard.engines.inside import inside
 from saeguard.engines.session import bind, join, leave
-from saeguard.errors import BadRule, GuardError, UnguardedCall, UnsupportedMode
+from saeguard.errors import BadRule, GuardError, GuardNotApplied, UnguardedCall, UnsupportedMode
 from saeguard.guarding.attached import Attached, Table, plan_of, stops_of
 from saeguard.guarding.audit import AuditLog
 from saeguard.guarding.deadline import Deadline
@@ -250,6 +250,10 @@ class Guardrail:
     def _outcome(self, standing: Standing, table: Table, request: Request, output: Any) -> Guarded:
         """The decisions, and the answers with refusals in their place."""
         sequences = output if isinstance(output, Tensor) else output.sequences
+        if not table.calls or any(call.ends is None for call in table.calls):
+            raise GuardNotApplied(
+                "a guarded call", "it ended, and which of its tokens count is unknown", "The answer must not be used."
+            )
         decisions = decide(standing.attached, standing.names, table, request)
         kept = sequences.shape[0] // request.rows
         answers = {

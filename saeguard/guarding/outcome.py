@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saeguard.editor import BoundRule
+from saeguard.errors import GuardNotApplied
 from saeguard.guarding.records import Fired
 from saeguard.ledger import CallRecord
 
@@ -65,7 +66,10 @@ def fired_at(
             continue
         for call in calls:
             if (table := call.table(bound.site)) is None:
-                continue
+                raise GuardNotApplied(
+                    f"the edits at {bound.site}", "there is no record of them in this call",
+                    "The answer must not be used.",
+                )  # fmt: skip
             edited, delta, norm = table.edited[rows, :, number], table.delta[rows, :, number], table.x_norm[rows]
             due = table.selected[rows, :, number] & (delta > norm * _EPSILON)
             counts = found.setdefault(str(bound.site), [0, 0, 0])

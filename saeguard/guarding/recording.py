@@ -3,8 +3,10 @@
 import time
 from collections.abc import Sequence
 
+from saeguard.errors import AuditFailed
 from saeguard.guarding.attached import Attached, Table
 from saeguard.guarding.audit import AuditLog
+from saeguard.guarding.chain import Head
 from saeguard.guarding.keys import AuditKey
 from saeguard.guarding.outcome import Guarded
 from saeguard.guarding.records import AuditRecord, class_name
@@ -25,7 +27,7 @@ class Recorder:
         new = max(guarded.sequences.shape[1] - guarded.prompt_columns, 0)
         for row, decision in enumerate(guarded.decisions):
             who = self._who(row, tenant, prompts, attached, owners)
-            self._log.write(AuditRecord(
+            self._put(AuditRecord(
                 request_id=names[row], decision=decision.decision, reason_code=decision.reason, guard_status="ran",
                 fired=decision.fired, gates=decision.scores, max_delta_ratio=decision.max_delta_ratio,
                 gen_tokens=new, latency_ms={"total": total}, **who,
@@ -40,10 +42,18 @@ class Recorder:
         status = "partial" if table.calls else "not_run"
         reason = f"bypass.{class_name(error)}" if bypass else "guard.failed"
         for row, name in enumerate(names):
-            self._log.write(AuditRecord(
+            self._put(AuditRecord(
                 request_id=name, decision="allow" if bypass else "error", reason_code=reason, guard_status=status,
                 err=class_name(error), **self._who(row, tenant, prompts, attached, owners),
             ))  # fmt: skip
+
+    def _put(self, record: AuditRecord) -> None:
+        """Write a record; a log that does not answer with its head has not written it."""
+        assert self._log is not None
+        if not isinstance(self._log.write(record), Head):
+            raise AuditFailed(
+                f"a record of {record.request_id}", "the log did not say that it stands", "Refuse the request."
+            )
 
     def _who(
         self, row: int, tenant: str | None, prompts: Sequence[Sequence[int]], attached: Attached, owners: Sequence[int]
