@@ -219,7 +219,7 @@ def test_what_hangs_is_refused_at_the_deadline(point, guard):
             assert len(ears.ids) < len(told)
     guard._seconds = None
     with guard._changing:
-        guard._changing.wait_for(lambda: guard._running == 0, timeout=20)
+        guard._changing.wait_for(lambda: not guard._running, timeout=20)
     check_closed(guard, expected)
 
 

@@ -9,17 +9,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import TextIteratorStreamer
+from transformers import DynamicCache, LogitsProcessor, TextIteratorStreamer
 
 from saeguard import Add, Plan, Rule, Scale, steer
 from saeguard.editor import Editor
 from saeguard.errors import (
     AuditFailed,
+    BadRecord,
+    BadRule,
     GateFailed,
     GuardError,
     GuardTimeout,
+    ModelBusy,
     PolicyMismatch,
     RowsMismatch,
+    TokensUnknown,
     UnguardedCall,
     UnsupportedMode,
 )
@@ -28,6 +32,7 @@ from saeguard.guarding.audit import AuditLog
 from saeguard.guarding.guardrail import Guardrail
 from saeguard.guarding.keys import AuditKey
 from saeguard.guarding.policy import Halt, Policy, Refuse
+from saeguard.guarding.records import Fired
 from saeguard.guarding.verify import read, verify
 from tests import tiny
 from tests.words import word_tokenizer
@@ -337,3 +342,192 @@ def test_call_that_hangs_is_refused_at_its_deadline_and_never_goes_out(model, tm
 
     assert len(ears.ids) == heard
     assert [entry.record.decision for entry in read(tmp_path / "audit.jsonl")] == ["error"]
+
+
+DECODED: dict[str, Callable[[], dict[str, Any]]] = {
+    "without a cache": lambda: {"use_cache": False},
+    "a static cache": lambda: {"cache_implementation": "static"},
+    "prompt lookup": lambda: {"prompt_lookup_num_tokens": 3},
+    "an assistant that is wrong": lambda: {"assistant_model": tiny.fresh_model(seed=3)},
+    "an assistant that is right": lambda: {"assistant_model": tiny.fresh_model()},
+    "forced to go on": lambda: {"min_new_tokens": 12, "suppress_tokens": [tiny.EOS], "forced_eos_token_id": 5},
+}
+
+
+@pytest.mark.parametrize("way", DECODED)
+def test_row_is_stopped_at_the_same_token_however_it_is_decoded(way, model):
+    write = WRITE | {"max_new_tokens": 12}
+    with attach(model, policy(model, None, refusals=(Halt(LATE, "tiny", None, "enough"),))) as guard:
+        expected = guard.generate(IDS[:1], **write)
+        found = guard.generate(IDS[:1], **write | DECODED[way]())
+
+    assert torch.equal(found.sequences, expected.sequences)
+    assert (found.decisions[0].decision, found.decisions[0].at) == ("refuse", expected.decisions[0].at)
+
+
+def test_gate_that_opened_more_chunks_ago_than_can_be_gone_back_stops_the_row(model):
+    early = Watch(Hits(tuple(range(48))), Count(), 4.0)
+    long = torch.cat([tiny.prompt(1, 8), torch.full((1, 90), tiny.EOS)], 1)  # special tokens count for nothing
+    with attach(model, policy(model, None, refusals=(Halt(early, "tiny", None, "enough"),))) as guard:
+        found = guard.generate(long, prefill_chunk_size=1, **WRITE)
+
+    assert found.sequences[0, long.shape[1] :].tolist() == [tiny.EOS]
+
+
+def test_guarded_model_is_no_assistant_of_itself(model):
+    with attach(model, refusing(model, LATE)) as guard, pytest.raises(UnsupportedMode, match="inside of guard"):
+        guard.generate(IDS[:1], assistant_model=model, **WRITE)
+
+
+def test_row_is_refused_where_the_beam_that_opened_the_gate_was_given_up(model):
+    gate = Watch(Hits((44, 45)), Count(), 0.5)
+    with attach(model, refusing(model, gate)) as guard:
+        found = guard.generate(tiny.prompt(2, 3, seed=2), num_beams=3, **WRITE | {"max_new_tokens": 12})
+
+    assert found.texts(TOKENIZER)[1] == "w9 w9 w8"
+    assert found.decisions[1].decision == "refuse"
+
+
+@pytest.mark.parametrize("ends", [-1, [tiny.EOS, 999]])
+def test_end_token_that_the_model_has_not_is_refused_by_name(ends, model):
+    with attach(model, refusing(model)) as guard, pytest.raises(UnsupportedMode, match="end token"):
+        guard.generate(IDS[:1], **WRITE | {"eos_token_id": ends})
+
+
+def test_new_tokens_alone_need_a_mask_that_says_so(model):
+    with attach(model, refusing(model, LATE)) as guard:
+        cache = DynamicCache(config=model.config)
+        guard.generate(IDS[:1, :5], past_key_values=cache, **WRITE | {"max_new_tokens": 1})
+        with pytest.raises(TokensUnknown):
+            guard.generate(IDS[:1, 5:], past_key_values=cache, **WRITE)
+        found = guard.generate(
+            IDS[:1, 5:], past_key_values=cache, attention_mask=torch.ones(1, 8), **WRITE | {"max_new_tokens": 12}
+        )
+
+    assert found.texts(TOKENIZER) == ["w9 w9 w8"]
+
+
+def test_prompt_that_ends_in_padding_is_refused(model):
+    masked, padded = torch.ones_like(IDS), IDS.clone()
+    masked[1, -1], padded[1, -1] = 0, tiny.PAD
+    with attach(model, {"push": policy(model), "open": None}) as guard:
+        for ids, mask in ((IDS, {"attention_mask": masked}), (padded, {})):
+            with pytest.raises(UnsupportedMode, match="ends in padding"):
+                guard.generate(ids, rows="push", **mask, **WRITE)
+            assert guard.generate(ids, rows=["push", "open", "push"], **mask, **WRITE) is not None
+
+
+def test_tasks_of_one_thread_do_not_see_each_others_rows(model):
+    down, plain = Plan((Rule("tiny", (4, 5), Scale(-3.0)),)), model(IDS).logits
+    with steer(model, down, saes=SAE):
+        steered = model(IDS).logits
+
+    async def passes(guard: Guardrail, name: str) -> Tensor:
+        with guard.rows(name, n=3):
+            await asyncio.sleep(0)
+            found = model(IDS).logits
+            await asyncio.sleep(0)
+        return found
+
+    async def both(guard: Guardrail) -> list[Tensor]:
+        return list(await asyncio.gather(passes(guard, "down"), passes(guard, "open")))
+
+    with attach(model, {"down": policy(model, down), "open": None}) as guard:
+        found = asyncio.run(both(guard))
+        with pytest.raises(UnguardedCall):
+            model(IDS)
+
+    assert torch.equal(found[0], steered)
+    assert torch.equal(found[1], plain)
+
+
+def test_task_that_outlives_its_rows_is_refused(model):
+    async def late() -> None:
+        await asyncio.sleep(0.01)
+        model(IDS)
+
+    async def outer(guard: Guardrail) -> None:
+        with guard.rows(n=3):
+            task = asyncio.create_task(late())
+        await task
+
+    with attach(model, policy(model)) as guard, pytest.raises(UnguardedCall):
+        asyncio.run(outer(guard))
+
+
+def test_gate_that_opened_in_an_earlier_block_counts_where_its_cache_goes_on(model):
+    with attach(model, refusing(model, LATE)) as guard:
+        cache, long = DynamicCache(config=model.config), tiny.prompt(1, 30)
+        with guard.rows(n=1, measuring=True):
+            model(long[:, :29], past_key_values=cache)
+        with guard.rows(n=1, measuring=True) as table:
+            model(long[:, 29:], past_key_values=cache)
+        found = guard.opened(table)
+
+    assert found[0].stop
+
+
+def test_pass_that_an_interrupt_ended_leaves_no_way_in(model):
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with attach(model, {"push": policy(model), "open": None}) as guard:
+        hook = model.model.layers[0].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt), guard.rows("open", n=3):
+            model(IDS)
+        hook.remove()
+        for way in (model.forward, model.model.forward, model):
+            with pytest.raises(GuardError):
+                way(IDS)
+
+
+def test_second_guardrail_is_refused_and_changing_one_from_inside_too(model):
+    made = policy(model, on_error="bypass")
+    with attach(model, made) as guard:
+        with pytest.raises(ModelBusy):
+            attach(model, refusing(model))
+        for change in (guard.detach, lambda: guard.reload(made)):
+            with guard.rows(n=3), pytest.raises(ModelBusy):
+                change()
+
+
+def test_request_that_ends_in_an_error_has_that_on_record_and_nothing_else(model, tmp_path, monkeypatch):
+    log = AuditLog(tmp_path / "audit.jsonl")
+
+    class Fails(LogitsProcessor):
+        calls = 0
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            self.calls += 1
+            raise GateFailed("a gate", "it fails", "Mend it.") if self.calls == 1 else RuntimeError
+
+    with attach(model, policy(model, on_error="bypass"), audit=log) as guard:
+        with pytest.raises(RuntimeError):
+            guard.generate(IDS[:1], logits_processor=[Fails()], **WRITE)
+        with pytest.raises(BadRule):
+            guard.generate(IDS, request_ids=["a", "b", "no code"], **WRITE)
+        monkeypatch.setattr("saeguard.guarding.deciding.fired_at", lambda *_: ({"resid_post.1": Fired(1, 2, 3)}, None))
+        with pytest.raises(BadRecord):
+            guard.generate(IDS, **WRITE)
+
+    records = [entry.record for entry in read(tmp_path / "audit.jsonl")]
+    assert [(one.decision, one.err) for one in records] == [("error", "RuntimeError"), *[("error", "BadRecord")] * 3]
+
+
+def test_every_request_that_runs_out_of_time_is_on_record_once(model, tmp_path, monkeypatch):
+    log, before = AuditLog(tmp_path / "audit.jsonl"), Guardrail._in_force
+    guard = attach(model, policy(model), audit=log, seconds=0.05)
+
+    def slow(self: Any) -> Any:
+        threading.Event().wait(0.2)
+        return before(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Guardrail, "_in_force", slow)
+        with pytest.raises(GuardTimeout):
+            guard.generate(IDS[:1], request_ids=["late"], **WRITE)
+    threading.Event().wait(0.5)  # the thread goes on until it finds that nobody waits for it
+    guard.detach()
+
+    records = [entry.record for entry in read(tmp_path / "audit.jsonl")]
+    assert [(one.request_id, one.err) for one in records] == [("late", "GuardTimeout")]

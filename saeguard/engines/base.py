@@ -96,7 +96,7 @@ class Request:
     ``rows`` is the batch of the request, ``copies`` how many forward rows each of its rows becomes, ``reorders``
     whether those trade places (beams). ``prompt_columns`` is the width of the prompt, padding and what the cache
     already holds included; ``output_columns`` the part of it that the output will repeat. ``eos`` and ``pad`` are the
-    token ids that end and fill up a row.
+    token ids that end and fill up a row. ``drafts`` is whether passes hold tokens that may be thrown away.
     """
 
     rows: int
@@ -106,6 +106,7 @@ class Request:
     output_columns: int
     eos: tuple[int, ...]
     pad: tuple[int, ...]
+    drafts: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -132,4 +132,4 @@ def tokens_of(seen: Pass, participant: Participant, request: Request | None) -> 
             )
         lengths = torch.tensor(given, device=seen.device).view(-1, 1)
         since = absolute - lengths
-    return TokenBatch(real, absolute, special, since, seen.column)
+    return TokenBatch(real, absolute, special, since, seen.column, seen.ids)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from transformers import Cache
 
 from saeguard.engines.base import Outcome, Request
 from saeguard.errors import TokensUnknown, UnsupportedMode
@@ -14,6 +15,7 @@ _FOREIGN_PASSES = (
     "custom_generate", "negative_prompt_ids", "guidance_scale", "dola_layers", "penalty_alpha", "assistant_early_exit"
 )  # fmt: skip
 _NEUTRAL = {"guidance_scale": 1.0, "penalty_alpha": 0.0}
+_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens")
 
 
 def read_request(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
@@ -39,6 +41,7 @@ def read_request(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     columns = max([value.shape[1] for value in shown], default=1)
     if isinstance(mask, Tensor) and mask.ndim == 2:
         columns = max(columns, mask.shape[1])
+    _check_beyond(kwargs.get("past_key_values"), columns)
     return Request(
         rows=shown[0].shape[0] if shown else 1,
         copies=copies,
@@ -47,6 +50,7 @@ def read_request(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
         output_columns=ids.shape[1] if ids is not None else 0 if embeds is not None else 1,
         eos=_ids(options.get("eos_token_id")),
         pad=_ids(options.get("pad_token_id")),
+        drafts=any(bool(options.get(name)) for name in _DRAFTS),
     )
 
 
@@ -68,6 +72,17 @@ def read_outcome(output: Any, request: Request) -> Outcome | None:
         kept = ids.shape[0] // request.rows
         ends = ends.view(request.rows, kept).amax(1).repeat_interleave(request.copies)
     return Outcome(request.prompt_columns + generated.shape[1] - 1, ends)
+
+
+def _check_beyond(cache: Any, columns: int) -> None:
+    """A prompt that is new tokens only says so by its mask; without one, transformers would leave some of them out."""
+    cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    if cached and columns <= cached:
+        raise TokensUnknown(
+            "a generate call",
+            f"its prompt has {columns} columns, and {cached} are in its cache already",
+            "Pass all token ids, or an attention mask of all columns, those in the cache included.",
+        )
 
 
 class _Options:

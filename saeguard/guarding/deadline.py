@@ -23,8 +23,17 @@ class Deadline:
         self._seconds = seconds
         self._deciding = threading.Lock()
         self._over = False
-        self.told: Callable[[GuardTimeout], object] = lambda error: None
-        """What puts on record that time was up; the call sets it as soon as it knows whose request it is."""
+        self._told: Callable[[GuardTimeout], object] = lambda error: None
+        """What puts on record that time was up; unless the call, not knowing yet whose request it is, will do so."""
+
+    def tell(self, function: Callable[[GuardTimeout], object]) -> None:
+        """Have ``function`` put on record that time was up, or, if it is, do so now. Raises `GuardTimeout`."""
+        with self._deciding:
+            if self._over:
+                error = self._error()
+                function(error)
+                raise error
+            self._told = function
 
     def commit(self, function: Callable[[], T]) -> T:
         """Call ``function``, after which the answer goes out, unless time is up. Raises `GuardTimeout`."""
@@ -51,12 +60,12 @@ class Deadline:
         thread.join(self._seconds)
         if thread.is_alive() and not self._expire():
             thread.join(PATIENCE)
-        if "error" in found:
-            raise found["error"]
-        if "result" in found:
+        if "result" in found and not self._over:
             return found["result"]
+        if "error" in found and not self._over:
+            raise found["error"]
         error = self._error()
-        self.told(error)
+        self._told(error)
         raise error
 
     def _expire(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from saeguard.engines.base import Request
 from saeguard.errors import GuardNotApplied
 from saeguard.gating import BoundGate, Trace
-from saeguard.guarding.attached import Attached, Table
+from saeguard.guarding.attached import Attached, Ended, Table
 from saeguard.guarding.outcome import Decision, Opened, fired_at
 
 
@@ -40,9 +40,21 @@ def _of_row(attached: Attached, name: str, table: Table, request: Request, row: 
             if bool(trace.fired[rows].any()):
                 at = int(trace.first[rows][trace.fired[rows]].min())
                 return Decision("refuse", stop.reason, name, scores, fired, largest, at)
+    if (end := _ended(table, request, row, rows)) is not None:
+        return Decision("refuse", end.reason, name, scores, fired, largest, end.at)
     if any(counts.rows for counts in fired.values()):
         return Decision("steer", "edited", name, scores, fired, largest)
     return Decision("allow", "quiet" if attached.policies[owner] is not None else "open", name, scores, fired, largest)
+
+
+def _ended(table: Table, request: Request, row: int, rows: slice) -> Ended | None:
+    """How a stop ended the row, though nothing that is left of it opened the gate: a beam that was given up did.
+
+    What was ended for a draft that was thrown away does not count.
+    """
+    end = table.ended.get(row)
+    ends = [int(call.ends[rows].max()) for call in table.calls if call.ends is not None]
+    return end if end is not None and (request.reorders or end.column < max(ends)) else None
 
 
 def _scores(attached: Attached, table: Table, rows: slice, owner: int) -> dict[str, float]:

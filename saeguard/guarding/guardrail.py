@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from saeguard.engines.base import Request
 from saeguard.engines.inside import inside
-from saeguard.engines.session import bind, join, leave
-from saeguard.errors import BadRule, GuardError, GuardNotApplied, UnguardedCall, UnsupportedMode
+from saeguard.engines.session import bind, join, leave, participants
+from saeguard.errors import BadRule, GuardError, GuardNotApplied, ModelBusy, UnguardedCall, UnsupportedMode
 from saeguard.guarding.attached import Attached, Table, plan_of, stops_of
 from saeguard.guarding.audit import AuditLog
 from saeguard.guarding.deadline import Deadline
@@ -32,6 +32,7 @@ from saeguard.guarding.keys import AuditKey
 from saeguard.guarding.outcome import Decision, Guarded, Opened, replaced
 from saeguard.guarding.policy import Policy
 from saeguard.guarding.recording import Recorder
+from saeguard.guarding.records import CODE
 from saeguard.guarding.stopping import EndStopped, check_ends
 from saeguard.guarding.stops import Refuse
 from saeguard.sae import SAE
@@ -73,7 +74,8 @@ class Guardrail:
         self._recorder, self._seconds = recorder, seconds
         self._standing: Standing | None = None
         self._changing = threading.Condition()
-        self._running = 0
+        self._running: list[int] = []
+        """The thread of each call and each `rows` block that runs."""
 
     @classmethod
     def attach(
@@ -134,21 +136,20 @@ class Guardrail:
         with self._in_force() as standing:
             request = standing.session.engine.read_request(args, kwargs)
             owners = standing.numbers(rows, request.rows)
-            names, prompts = _request_ids(request_ids, request.rows), _prompts(args, kwargs)
-            with standing.attached.rows(owners) as table:
-                deadline.told = lambda error: self._recorder.write_error(
-                    error, names, tenant, prompts, standing.attached, owners, table, bypass=False
-                )
+            names, prompts = _request_ids(request_ids, request.rows), _prompts(args, kwargs, request)
+            with standing.attached.rows(owners, is_request=True) as table:
+                put = partial(self._recorder.write_error, names=names, tenant=tenant, prompts=prompts,
+                              attached=standing.attached, owners=owners, table=table)  # fmt: skip
+                deadline.tell(partial(put, bypass=False))
                 try:
                     output = self._run(standing, owners, request, args, kwargs)
                     guarded = self._outcome(standing, table, request, output)
-                except BaseException as error:
-                    failed = partial(
-                        self._failed, standing, table, names, tenant, prompts, error, request, args, kwargs
+                    records = self._recorder.records(
+                        guarded, names, tenant, prompts, standing.attached, owners, started
                     )
-                    return deadline.commit(failed)
-                deadline.commit(lambda: self._recorder.write(
-                    guarded, names, tenant, prompts, standing.attached, owners, started))  # fmt: skip
+                except BaseException as error:
+                    return self._failed(standing, owners, request, error, put, deadline, args, kwargs)
+                deadline.commit(lambda: self._recorder.write(records))
         return guarded
 
     @contextmanager
@@ -183,18 +184,21 @@ class Guardrail:
         return bind(self._known().attached, function)
 
     def reload(self, policies: Policies) -> None:
-        """Put other policies in force, once no call is running. What does not fit is refused, and the old ones stay."""
+        """Put other policies in force, once no call is running. What does not fit is refused, and the old ones stay.
+
+        Raises `ModelBusy` inside of a call or a `rows` block, which it would wait for.
+        """
         with self._changing:
-            self._changing.wait_for(lambda: self._running == 0)
+            self._wait()
             before = self._known()
             with inside(before.session.number):
                 self._standing = self._stand(policies, before.attached)
                 leave(before.session, before.attached)
 
     def detach(self) -> None:
-        """Take the hooks off, once no call is running; the model is plain again."""
+        """Take the hooks off, once no call is running; the model is plain again. Raises `ModelBusy` inside of one."""
         with self._changing:
-            self._changing.wait_for(lambda: self._running == 0)
+            self._wait()
             if self._standing is not None:
                 with inside(self._standing.session.number):
                     leave(self._standing.session, self._standing.attached)
@@ -210,6 +214,12 @@ class Guardrail:
         named = {DEFAULT: policies} if isinstance(policies, Policy) else dict(policies)
         if not named:
             raise BadRule("a guardrail", "there are no policies", "Give one, or several by name.")
+        others = [one for one in participants(self.model) if isinstance(one, Attached) and one is not replaces]
+        if others:
+            raise ModelBusy(
+                f"a guardrail on {type(self.model).__name__}", "another one is attached to it",
+                "Give one guardrail all policies by name, or detach the other one.",
+            )  # fmt: skip
         for policy in named.values():
             if policy is not None:
                 policy.check(self.model, self.tokenizer, self.saes)
@@ -225,24 +235,35 @@ class Guardrail:
             raise UnguardedCall("a call through a guardrail", "it was detached", "Attach it again.")
         return self._standing
 
+    def _wait(self) -> None:
+        """Until no call is running. Raises `ModelBusy` where that would be for ever."""
+        if threading.get_ident() in self._running:
+            raise ModelBusy(
+                "changing a guardrail", "this very thread is inside of a call or a rows block of it",
+                "Reload and detach when it has ended, or from another thread.",
+            )  # fmt: skip
+        self._changing.wait_for(lambda: not self._running)
+
     @contextmanager
     def _in_force(self) -> Iterator[Standing]:
         """What is in force, which stays so for the block."""
+        thread = threading.get_ident()
         with self._changing:
             standing = self._known()
-            self._running += 1
+            self._running.append(thread)
         try:
             with inside(standing.session.number):
                 yield standing
         finally:
             with self._changing:
-                self._running -= 1
+                self._running.remove(thread)
                 self._changing.notify_all()
 
     def _run(self, standing: Standing, owners: Sequence[int], request: Request, args: Any, kwargs: dict) -> Any:
+        _check_last(args, kwargs, request, [standing.attached.policies[owner] is not None for owner in owners])
         if any(standing.attached.stops(owner) for owner in owners):
             check_ends(request.eos)
-            last = EndStopped(standing.attached, request.eos, request.copies)
+            last = EndStopped(standing.attached, request)
             kwargs = kwargs | {"logits_processor": [*(kwargs.get("logits_processor") or ()), last]}
         generate: Any = self.model.generate
         return bind(standing.attached, generate)(*args, **kwargs)
@@ -279,18 +300,26 @@ class Guardrail:
             return []
         return [guarded.sequences[0, guarded.prompt_columns :].cpu()]
 
-    def _failed(self, standing: Standing, table: Table, names: Sequence[str], tenant: str | None,
-                prompts: Any, error: BaseException, request: Request, args: Any, kwargs: dict) -> Guarded:  # fmt: skip
+    def _failed(
+        self, standing: Standing, owners: Sequence[int], request: Request, error: BaseException,
+        put: Callable[..., None], deadline: Deadline, args: Any, kwargs: dict,
+    ) -> Guarded:  # fmt: skip
         """Record what was raised and raise it; or, where all policies of the call say so, let the call go by."""
-        owners = table.owners
         policies = [standing.attached.policies[owner] for owner in owners]
         chosen = all(policy is not None and policy.on_error == "bypass" for policy in policies)
-        bypass = chosen and isinstance(error, GuardError) and kwargs.get("streamer") is None  # it has heard a part
-        self._recorder.write_error(error, names, tenant, prompts, standing.attached, owners, table, bypass=bypass)
-        if not bypass:
+        # a streamer has heard a part, a cache holds a part
+        afresh = kwargs.get("streamer") is None and kwargs.get("past_key_values") is None
+        if not (chosen and afresh and isinstance(error, GuardError)):
+            deadline.commit(lambda: put(error, bypass=False))
             raise error
-        with standing.session.muted():
-            output = bind(standing.attached, self.model.generate)(*args, **kwargs)  # type: ignore[operator]
+        try:
+            with standing.session.muted():
+                output = bind(standing.attached, self.model.generate)(*args, **kwargs)  # type: ignore[operator]
+        except BaseException as second:
+            failure = second
+            deadline.commit(lambda: put(failure, bypass=False))
+            raise
+        deadline.commit(lambda: put(error, bypass=True))
         sequences = output if isinstance(output, Tensor) else output.sequences
         decisions = tuple(
             Decision("allow", f"bypass.{type(error).__name__}", standing.names[owner], {}, {}, None) for owner in owners
@@ -303,15 +332,47 @@ def _request_ids(given: Sequence[str] | None, n: int) -> tuple[str, ...]:
         return tuple(uuid.uuid4().hex for _ in range(n))
     if isinstance(given, str) or len(given) != n:
         raise BadRule(f"request_ids for {n} rows", f"{given!r:.60} is not {n} of them", "Give one code per row.")
+    if not all(isinstance(one, str) and CODE.fullmatch(one) for one in given):
+        raise BadRule(
+            "request_ids", "one is not 1 to 128 letters, digits and . _ : -", "Give codes, or AuditKey.of_text of them."
+        )
     return tuple(given)
 
 
-def _prompts(args: Any, kwargs: Mapping[str, Any]) -> list[list[int]]:
+def _prompts(args: Any, kwargs: Mapping[str, Any], request: Request) -> list[list[int]]:
     """Token ids of each row's prompt without its padding, as far as they are known."""
-    given = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
-    ids = next((value for value in given if isinstance(value, Tensor)), None)
+    ids = _ids(args, kwargs)
     if ids is None:
         return []
-    mask = kwargs.get("attention_mask")
-    real = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids).bool()
+    real = _real(ids, kwargs.get("attention_mask"), request)[:, -ids.shape[1] :]
+    real = real if real.shape == ids.shape else torch.ones_like(ids).bool()
     return [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
+
+
+def _ids(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+    given = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
+    return next((value for value in given if isinstance(value, Tensor)), None)
+
+
+def _real(ids: Tensor, mask: Any, request: Request) -> Tensor:
+    """Which columns generate will take for tokens: without a mask, those that do not hold padding."""
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask.bool()
+    if mask is None and request.pad and not set(request.pad) & set(request.eos):
+        return ids != request.pad[0]
+    return torch.ones_like(ids).bool()
+
+
+def _check_last(args: Any, kwargs: Mapping[str, Any], request: Request, guarded: Sequence[bool]) -> None:
+    """Raise `UnsupportedMode` for a prompt that ends in padding, whose answer would begin where no policy looks."""
+    ids = _ids(args, kwargs)
+    mask = kwargs.get("attention_mask")
+    shown = ids if ids is not None else mask if isinstance(mask, Tensor) else None
+    if shown is None or not shown.shape[-1]:
+        return
+    last = _real(shown, mask, request)[:, -1].tolist()
+    if any(matters and not real for matters, real in zip(guarded, last, strict=True)):
+        raise UnsupportedMode(
+            "a prompt that ends in padding", "its answer begins at a token that edits and gates leave alone",
+            "Pad on the left, and let the attention mask be 1 at the last token.",
+        )  # fmt: skip

@@ -88,7 +88,7 @@ _EPSILON = 2.0**-6
 
 def replaced(
     sequences: Int[Tensor, "row column"], answers: Mapping[int, Sequence[int]], start: int, pad: int
-) -> Int[Tensor, "row column"]:
+) -> Int[Tensor, "row wider"]:
     """``sequences`` with the columns from ``start`` on of some rows replaced, and all padded to one width."""
     width = max([sequences.shape[1], *(start + len(answer) for answer in answers.values())])
     out = torch.full((sequences.shape[0], width), pad, dtype=sequences.dtype, device=sequences.device)

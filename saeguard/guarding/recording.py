@@ -18,20 +18,26 @@ class Recorder:
     def __init__(self, log: AuditLog | None, key: AuditKey | None):
         self._log, self._key = log, key
 
-    def write(self, guarded: Guarded, names: Sequence[str], tenant: str | None, prompts: Sequence[Sequence[int]],
-              attached: Attached, owners: Sequence[int], started: float) -> None:  # fmt: skip
-        """What was decided. Raises `AuditError`."""
+    def records(self, guarded: Guarded, names: Sequence[str], tenant: str | None, prompts: Sequence[Sequence[int]],
+                attached: Attached, owners: Sequence[int], started: float) -> list[AuditRecord]:  # fmt: skip
+        """What was decided, for `write`: all of it or none. Raises `BadRecord`."""
         if self._log is None:
-            return
+            return []
         total = 1000 * (time.perf_counter() - started)
         new = max(guarded.sequences.shape[1] - guarded.prompt_columns, 0)
-        for row, decision in enumerate(guarded.decisions):
-            who = self._who(row, tenant, prompts, attached, owners)
-            self._put(AuditRecord(
+        return [
+            AuditRecord(
                 request_id=names[row], decision=decision.decision, reason_code=decision.reason, guard_status="ran",
                 fired=decision.fired, gates=decision.scores, max_delta_ratio=decision.max_delta_ratio,
-                gen_tokens=new, latency_ms={"total": total}, **who,
-            ))  # fmt: skip
+                gen_tokens=new, latency_ms={"total": total}, **self._who(row, tenant, prompts, attached, owners),
+            )
+            for row, decision in enumerate(guarded.decisions)
+        ]  # fmt: skip
+
+    def write(self, records: Sequence[AuditRecord]) -> None:
+        """Put records on the log. Raises `AuditError`."""
+        for record in records:
+            self._put(record)
 
     def write_error(self, error: BaseException, names: Sequence[str], tenant: str | None,
                     prompts: Sequence[Sequence[int]], attached: Attached, owners: Sequence[int], table: Table, *,
@@ -41,11 +47,13 @@ class Recorder:
             return
         status = "partial" if table.calls else "not_run"
         reason = f"bypass.{class_name(error)}" if bypass else "guard.failed"
-        for row, name in enumerate(names):
-            self._put(AuditRecord(
+        self.write([
+            AuditRecord(
                 request_id=name, decision="allow" if bypass else "error", reason_code=reason, guard_status=status,
                 err=class_name(error), **self._who(row, tenant, prompts, attached, owners),
-            ))  # fmt: skip
+            )
+            for row, name in enumerate(names)
+        ])  # fmt: skip
 
     def _put(self, record: AuditRecord) -> None:
         """Write a record; a log that does not answer with its head has not written it."""

@@ -7,19 +7,21 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from saeguard.engines.base import Request
 from saeguard.errors import UnsupportedMode
 from saeguard.guarding.attached import Attached
 
 
 class EndStopped(LogitsProcessor):
-    """Runs last, so that no other processor lifts it. ``copies`` are forward rows per row of the request."""
+    """Runs last, so that no other processor lifts it."""
 
-    def __init__(self, attached: Attached, ends: Sequence[int], copies: int):
-        self._attached, self._copies = attached, copies
-        self._ends = list(ends)
+    def __init__(self, attached: Attached, request: Request):
+        self._attached, self._request = attached, request
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        stopped = self._attached.stopped(self._copies)
+        request = self._request
+        column = input_ids.shape[1] + request.prompt_columns - request.output_columns
+        stopped = self._attached.stopped(request.copies, column, drafts=request.drafts)
         if stopped.any():
             scores = scores.clone()
             rows = stopped.to(scores.device)
@@ -28,15 +30,19 @@ class EndStopped(LogitsProcessor):
         return scores
 
     def _allowed(self, scores: Tensor) -> Tensor:
+        check_ends(self._request.eos, scores.shape[1])
         allowed = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
-        allowed[self._ends] = True
+        allowed[list(self._request.eos)] = True
         return allowed
 
 
-def check_ends(ends: Sequence[int]) -> None:
-    """Raise `UnsupportedMode` where a row cannot be ended."""
-    if not ends:
+def check_ends(ends: Sequence[int], vocabulary: int | None = None) -> None:
+    """Raise `UnsupportedMode` where a row cannot be ended; ``vocabulary`` is how many tokens the model knows."""
+    outside = [end for end in ends if end < 0 or (vocabulary is not None and end >= vocabulary)]
+    if not ends or outside:
         raise UnsupportedMode(
-            "a policy that stops rows", "this call has no end token with which a row could be ended",
+            "a policy that stops rows",
+            f"this call's end token {outside[0]} is none of the model's" if outside
+            else "this call has no end token with which a row could be ended",
             "Give eos_token_id, to generate or in the model's generation config.",
         )  # fmt: skip
