@@ -292,7 +292,8 @@ class Gating:
         since, prompt, ready = tokens.since_prompt, None, None
         if since is not None:
             prompt, ready = (since < 0) & tokens.real, since >= -1
-        return Seen(f, raw, tokens.select(Where(special=leaf.special)), prompt, ready)
+        ids = None if tokens.ids is None else tokens.ids.to(home)
+        return Seen(f, raw, tokens.select(Where(special=leaf.special)), prompt, ready, ids)
 
     def _slice_on(self, leaf: BoundLeaf, device: torch.device) -> SAE:
         if (leaf, device) not in self._slices:

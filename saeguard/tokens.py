@@ -59,7 +59,8 @@ class TokenBatch:
 
     ``column`` is the column of the first token counted from the start of the row's cache, padding included;
     ``absolute`` counts real tokens only. ``since_prompt`` is negative in the prompt and 0 at the first generated
-    token, or None where the call does not say where its prompt ends. ``special`` is None where token ids are unknown.
+    token, or None where the call does not say where its prompt ends. ``special`` and ``ids`` are None where they
+    are unknown.
     """
 
     real: Mask
@@ -67,6 +68,7 @@ class TokenBatch:
     special: Mask | None
     since_prompt: Places | None
     column: int
+    ids: Int[Tensor, "batch pos"] | None = None
     _selected: dict[Where, Mask] = field(default_factory=dict)
 
     def select(self, where: Where) -> Mask:
@@ -80,13 +82,15 @@ class TokenBatch:
         n = column - self.column
         special = None if self.special is None else self.special[:, :n]
         since = None if self.since_prompt is None else self.since_prompt[:, :n]
-        return TokenBatch(self.real[:, :n], self.absolute[:, :n], special, since, self.column)
+        ids = None if self.ids is None else self.ids[:, :n]
+        return TokenBatch(self.real[:, :n], self.absolute[:, :n], special, since, self.column, ids)
 
     def of_rows(self, rows: Int[Tensor, " row"]) -> "TokenBatch":
         """Row i is what row ``rows[i]`` was."""
         special = None if self.special is None else self.special[rows]
         since = None if self.since_prompt is None else self.since_prompt[rows]
-        return TokenBatch(self.real[rows], self.absolute[rows], special, since, self.column)
+        ids = None if self.ids is None else self.ids[rows]
+        return TokenBatch(self.real[rows], self.absolute[rows], special, since, self.column, ids)
 
     def _select(self, where: Where) -> Mask:
         selected = self.real

@@ -11,6 +11,7 @@ from torch import Tensor
 from saeguard.gates import (
     Always,
     And,
+    Blend,
     Cosine,
     Count,
     Cusum,
@@ -30,6 +31,7 @@ from saeguard.gates import (
     Verdict,
     Watch,
     Window,
+    Words,
 )
 from saeguard.gates.pooled import Pooling
 from tests import slow_gates
@@ -37,6 +39,7 @@ from tests import slow_gates
 D = 3
 """Width of the stream."""
 LATENTS = 40
+VOCAB = 6
 
 eighths = st.integers(-16, 24).map(lambda n: n / 8)
 off_grid = eighths.map(lambda n: n + 0.0137)
@@ -47,7 +50,8 @@ latents = st.lists(st.integers(0, LATENTS - 1), max_size=3, unique=True).map(tup
 @st.composite
 def log_odds(draw: Any, **where: Any) -> LogOdds:
     watched = draw(latents)
-    return LogOdds(watched, tuple(draw(eighths) for _ in watched), draw(eighths), **where)
+    caps = draw(st.none() | st.tuples(*(eighths for _ in watched)))
+    return LogOdds(watched, tuple(draw(eighths) for _ in watched), draw(eighths), caps=caps, **where)
 
 
 @st.composite
@@ -71,7 +75,8 @@ def cosines(width: int = D, **where: Any) -> st.SearchStrategy[Cosine]:
 
 pools = st.one_of(
     st.just(Rate()), st.just(Rate("prompt")), st.builds(Window, st.integers(1, 6)), st.builds(Cusum, eighths),
-    st.just(Count()), st.just(Peak()), st.builds(TopKMean, st.integers(1, 5)),
+    st.just(Count()), st.just(Peak()), st.builds(TopKMean, st.integers(1, 5), floor=eighths),
+    st.builds(TopKMean, st.integers(1, 3), st.integers(3, 6), eighths),
 )  # fmt: skip
 
 
@@ -84,9 +89,29 @@ def watches(draw: Any, **where: Any) -> Watch:
     return Watch(evidence, draw(pools), draw(eighths | off_grid))
 
 
+@st.composite
+def words(draw: Any) -> Words:
+    tokens = tuple(draw(st.lists(st.integers(0, VOCAB - 1), max_size=4, unique=True)))
+    ids = st.tuples(st.integers(0, VOCAB - 1), st.integers(0, VOCAB - 1))
+    pairs = draw(st.lists(ids, max_size=5, unique=True))
+    several = lambda n, one: tuple(draw(one) for _ in range(n))
+    squares = st.integers(0, 16).map(lambda n: n / 8)
+    return Words(
+        tokens, several(len(tokens), eighths), several(len(tokens), squares), tuple(i for pair in pairs for i in pair),
+        several(len(pairs), eighths), several(len(pairs), squares), last=draw(st.integers(1, 6)),
+        floor=draw(st.integers(1, 16)) / 8, threshold=draw(off_grid),
+    )  # fmt: skip
+
+
+@st.composite
+def blends(draw: Any) -> Blend:
+    parts = tuple(draw(st.lists(watches() | words(), min_size=1, max_size=3)))
+    return Blend(parts, tuple(draw(eighths) for _ in parts), draw(off_grid))
+
+
 def gates() -> st.SearchStrategy[Gate]:
     """Any gate, up to a few levels of gates in gates."""
-    leaves = st.one_of(watches(), watches(), watches(), pooled_heads(), cosines(), st.just(Always()))
+    leaves = st.one_of(watches(), watches(), watches(), words(), blends(), pooled_heads(), cosines(), st.just(Always()))
     return st.recursive(
         leaves,
         lambda inner: st.one_of(
@@ -117,7 +142,12 @@ class Rows:
         """The same with ``value`` in all that does not count."""
         return Rows(
             tuple(
-                replace(one, f=_filled(one.f, one.counts, value), x=_filled(one.x, one.counts, value))
+                replace(
+                    one,
+                    f=_filled(one.f, one.counts, value),
+                    x=_filled(one.x, one.counts, value),
+                    ids=None if one.ids is None else one.ids.masked_fill(~one.counts, 3),
+                )
                 for one in self.seen
             ),
             self.real,
@@ -138,12 +168,13 @@ def rows_for(draw: Any, gate: Gate, *, most: int = 3, least: int = 0, longest: i
     special = torch.rand(rows, width, generator=generator) < chance
     prompt = torch.randint(0, width + 2, (rows, 1), generator=generator)
     places = torch.arange(width).expand(rows, width)
+    ids = torch.randint(0, VOCAB, (rows, width), generator=generator)
     seen = []
     for leaf in gate.leaves:
         f = torch.randint(-4, 24, (rows, width, len(leaf.latents)), generator=generator) / 8
         x = torch.randint(-16, 17, (rows, width, D if leaf.width else 0), generator=generator) / 8
         counts = real if leaf.special or bool(torch.rand(1, generator=generator) < 0.3) else real & ~special
-        seen.append(Seen(f, x, counts, (places < prompt) & real, places >= prompt - 1))
+        seen.append(Seen(f, x, counts, (places < prompt) & real, places >= prompt - 1, ids))
     return Rows(tuple(seen), real)
 
 
@@ -174,5 +205,6 @@ def _tokens(seen: Seen, row: int) -> list[slow_gates.Token]:
     prompt, ready = seen.prompt, seen.ready
     assert prompt is not None
     assert ready is not None
-    columns = (seen.f, seen.x, seen.counts, prompt, ready)
+    ids = torch.zeros_like(ready).long() if seen.ids is None else seen.ids
+    columns = (seen.f, seen.x, seen.counts, prompt, ready, ids)
     return [slow_gates.Token(*token) for token in zip(*(column[row].tolist() for column in columns), strict=True)]

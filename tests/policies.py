@@ -12,6 +12,7 @@ from saeguard import Ablate, Clamp, Plan, Rule, Site
 from saeguard.gates import (
     Always,
     And,
+    Blend,
     Cosine,
     Count,
     Cusum,
@@ -27,6 +28,7 @@ from saeguard.gates import (
     TopKMean,
     Watch,
     Window,
+    Words,
 )  # fmt: skip
 from saeguard.guarding.pins import ModelPin, SAEPin
 from saeguard.guarding.policy import Policy
@@ -87,7 +89,8 @@ def _hits(draw: Any) -> Hits:
 def _log_odds(draw: Any) -> LogOdds:
     latents = draw(LATENTS)
     weights = tuple(draw(NUMBERS) for _ in latents)
-    return LogOdds(latents, weights, draw(NUMBERS), **_where(draw, sae=True))
+    caps = draw(st.none() | st.tuples(*(NUMBERS for _ in latents)))
+    return LogOdds(latents, weights, draw(NUMBERS), caps=caps, **_where(draw, sae=True))
 
 
 @st.composite
@@ -110,15 +113,35 @@ def _heads(draw: Any) -> PooledHead:
     return PooledHead(latents, pooling, weights, draw(NUMBERS), draw(NUMBERS), **_where(draw, sae=True))
 
 
+@st.composite
+def _words(draw: Any) -> Words:
+    tokens = tuple(draw(st.lists(st.integers(0, 99), max_size=3, unique=True)))
+    pairs = draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=2, unique=True))
+    several = lambda one, n: tuple(draw(one) for _ in range(n))
+    squares = st.floats(0, 1e300)
+    return Words(
+        tokens, several(NUMBERS, len(tokens)), several(squares, len(tokens)), tuple(i for pair in pairs for i in pair),
+        several(NUMBERS, len(pairs)), several(squares, len(pairs)), draw(st.integers(1, 99)),
+        draw(st.floats(1e-9, 1e300)), draw(NUMBERS),
+    )  # fmt: skip
+
+
+@st.composite
+def _blends(draw: Any) -> Blend:
+    parts = tuple(draw(st.lists(LEAVES["watch"] | LEAVES["words"], min_size=1, max_size=2)))
+    return Blend(parts, tuple(draw(NUMBERS) for _ in parts), draw(NUMBERS))
+
+
 EVIDENCE = {"hits": _hits(), "log_odds": _log_odds(), "probe": _probes()}
 POOLS = {
     "rate": st.builds(Rate, st.sampled_from(("running", "prompt"))), "window": st.builds(Window, st.integers(1, 99)),
     "cusum": st.builds(Cusum, NUMBERS), "count": st.just(Count()), "peak": st.just(Peak()),
-    "top_k_mean": st.builds(TopKMean, st.integers(1, 99)),
+    "top_k_mean": st.builds(TopKMean, st.integers(1, 9), st.none() | st.integers(9, 99), NUMBERS),
 }  # fmt: skip
 LEAVES = {
     "always": st.just(Always()), "cosine": _cosines(), "pooled_head": _heads(),
     "watch": st.builds(Watch, st.one_of(*EVIDENCE.values()), st.one_of(*POOLS.values()), NUMBERS),
+    "words": _words(), "blend": _blends(),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from saeguard.gates import (
     Always,
     And,
+    Blend,
     Cosine,
     Count,
     Cusum,
@@ -26,6 +27,7 @@ from saeguard.gates import (
     TopKMean,
     Watch,
     Window,
+    Words,
 )
 
 NONE = -math.inf
@@ -40,6 +42,7 @@ class Token(NamedTuple):
     counts: bool
     prompt: bool
     ready: bool
+    id: int = 0
 
 
 class Said(NamedTuple):
@@ -64,6 +67,13 @@ def say(gate: Any, leaves: Sequence[Sequence[Token]]) -> Said:
             return _above(_head(gate, leaves[0]), gate.threshold)
         case Cosine():
             return _above(_cosine(gate, leaves[0]), gate.threshold)
+        case Words():
+            return _above(_words(gate, leaves[0]), gate.threshold)
+        case Blend():
+            several = [say(one, mine) for one, mine in zip(gate.gates, _shared(gate.gates, leaves), strict=True)]
+            known = all(one.score != NONE for one in several)
+            total = sum(w * one.score for w, one in zip(gate.weights, several, strict=True)) if known else NONE
+            return _above(total, gate.threshold)
         case Not():
             inner = say(gate.gate, leaves)
             return Said(inner.closed, inner.score)
@@ -95,7 +105,9 @@ def _evidence(evidence: Any, token: Token) -> float:
         case Hits():
             return 1.0 if any(f > evidence.level for f in token.f) else 0.0
         case LogOdds():
-            return sum(w * f for w, f in zip(evidence.weights, token.f, strict=True)) + evidence.bias
+            caps = evidence.caps or [math.inf] * len(token.f)
+            f = [min(value, cap) for value, cap in zip(token.f, caps, strict=True)]
+            return sum(w * value for w, value in zip(evidence.weights, f, strict=True)) + evidence.bias
         case Probe():
             return sum(w * x for w, x in zip(evidence.weights, token.x, strict=True)) + evidence.bias
     raise AssertionError(evidence)
@@ -117,7 +129,9 @@ def _cusum(pool: Cusum, e: list[float]) -> float:
 
 
 def _top(pool: TopKMean, e: list[float]) -> float:
-    return sum(sorted(e, reverse=True)[: pool.k]) / pool.k
+    if pool.width is not None:
+        e = ([pool.floor] * pool.width + e)[-pool.width :]
+    return sum(sorted(e, reverse=True)[: pool.k] + [pool.floor] * (pool.k - len(e))) / pool.k
 
 
 POOLS: dict[type, Callable[[Any, list[float]], float]] = {
@@ -144,6 +158,22 @@ def _head(gate: PooledHead, row: Sequence[Token]) -> float:
     }
     g = [ways[how](column) for how in gate.pooling for column in columns]
     return sum(w * value for w, value in zip(gate.weights, g, strict=True)) + gate.bias
+
+
+def _words(gate: Words, row: Sequence[Token]) -> float:
+    ids = [token.id for token in row if token.counts]
+    if not ids:
+        return NONE
+    single = dict(zip(gate.tokens, zip(gate.weights, gate.squares, strict=True), strict=True))
+    pairs = list(zip(gate.pairs[::2], gate.pairs[1::2], strict=True))
+    double = dict(zip(pairs, zip(gate.pair_weights, gate.pair_squares, strict=True), strict=True))
+    none = (0.0, 0.0)
+    found = [
+        (single.get(token, none), double.get((ids[place - 1], token), none) if place else none)
+        for place, token in enumerate(ids)
+    ][-gate.last :]
+    q, e = (sum(one[part] + two[part] for one, two in found) for part in (0, 1))
+    return q / math.sqrt(max(e, gate.floor))
 
 
 def _cosine(gate: Cosine, row: Sequence[Token]) -> float:

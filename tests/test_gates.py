@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saeguard import Add, Plan, Rule, Site
-from saeguard.errors import BadPlanFile, BadRule, PhaseUnknown, SaeguardError, SiteNotFound, UnknownOp
+from saeguard.errors import BadPlanFile, BadRule, PhaseUnknown, SaeguardError, SiteNotFound, TokensUnknown, UnknownOp
 from saeguard.gates import (
     Always,
     And,
+    Blend,
     Cosine,
     Count,
     Cusum,
@@ -38,10 +39,12 @@ from saeguard.gates import (
     Verdict,
     Watch,
     Window,
+    Words,
     token_rate,
 )
 from saeguard.gates.checks import MOST
 from saeguard.gates.written import DEEPEST
+from saeguard.plans import MAX_BYTES
 from tests.counts import cases
 from tests.gate_cases import D, Rows, gates, rows_for, slowly, step
 
@@ -110,7 +113,8 @@ def padded_at(rows: Rows, places: list[int]) -> tuple[Rows, list[int]]:
         assert one.ready is not None
         counts, prompt = one.counts[:, source] & token, one.prompt[:, source] & token
         ready = (one.ready[:, source] & token).cumsum(1) > 0  # that the prompt is over is never taken back
-        seen.append(Seen(one.f[:, source], one.x[:, source], counts, prompt, ready))
+        assert one.ids is not None
+        seen.append(Seen(one.f[:, source], one.x[:, source], counts, prompt, ready, one.ids[:, source]))
     return Rows(tuple(seen), rows.real[:, source] & token), kept
 
 
@@ -327,6 +331,38 @@ def test_gates_that_nest_as_deep_as_they_may_come_back_from_a_plan_file():
         plan_with(And((gate,)))
 
 
+def test_words_are_refused_where_token_ids_are_unknown():
+    gate, counts = Words((5,), (1.0,), (1.0,)), torch.ones(1, 2, dtype=torch.bool)
+    seen = Seen(torch.zeros(1, 2, 0), torch.zeros(1, 2, 0), counts, None, None)
+
+    with pytest.raises(TokensUnknown, match="a gate on words"):
+        gate.step(gate.begin(1, CPU), [seen])
+
+
+def test_pair_reaches_over_what_does_not_count_and_over_the_end_of_a_pass():
+    gate = Words((), (), (), (5, 6), (2.0,), (1.0,), last=1)
+    counts, none = torch.tensor([[True, False, True]]), torch.zeros(1, 3, 0)
+    seen = Seen(none, none, counts, None, None, torch.tensor([[5, 9, 6]]))
+
+    state, first = gate.step(gate.begin(1, CPU), [seen[:2]])
+    _, second = gate.step(state, [seen[2:]])
+
+    assert gate.step(gate.begin(1, CPU), [seen])[1].score.tolist() == [[0.0, 0.0, 2.0]]
+    assert (first.score.tolist(), second.score.tolist()) == ([[0.0, 0.0]], [[2.0]])
+
+
+def test_large_table_of_words_is_written_and_read_again_within_the_limits_of_a_plan():
+    n = 200_000
+    pairs = tuple(i for k in range(n) for i in (k % 49_000, k // 49_000))
+    weights, squares = tuple(round(k / 7 % 9, 3) for k in range(n)), (64.25,) * n
+    plan = plan_with(Latched(Blend((Words((), (), (), pairs, weights, squares),), (1.0,), 0.5)))
+
+    text = plan.to_json()
+
+    assert len(text) < MAX_BYTES / 2
+    assert Plan.from_json(text) == plan
+
+
 def test_plans_that_differ_in_a_gate_differ_in_their_fingerprint():
     plans = [plan_with(None), plan_with(token_rate((1,), 0.5)), plan_with(token_rate((1,), 0.5, latched=True))]
 
@@ -337,6 +373,7 @@ def test_plans_that_differ_in_a_gate_differ_in_their_fingerprint():
 WATCH: dict[str, Any] = json.loads(plan_with(token_rate((1, 2), 0.5)).to_json())["rules"][0]["gate"]
 HITS: dict[str, Any] = WATCH["evidence"]
 HEAD = {"kind": "pooled_head", "latents": [1], "pooling": ["max"], "weights": [1.0], "bias": 0.0}
+TABLE = {"kind": "words", "tokens": [5], "weights": [1.0], "squares": [1.0]}
 HOSTILE: dict[str, tuple[Any, type[SaeguardError]]] = {
     "a list": ([WATCH], UnknownOp),
     "a name": ("watch", UnknownOp),
@@ -384,6 +421,23 @@ HOSTILE: dict[str, tuple[Any, type[SaeguardError]]] = {
     "pooling as a number": (HEAD | {"pooling": 1}, BadRule),
     "pooling in a list": (HEAD | {"pooling": [["max"]]}, BadRule),
     "no pooling": (HEAD | {"pooling": []}, BadRule),
+    "caps of another number": (
+        WATCH | {"evidence": {"kind": "log_odds", "latents": [1], "weights": [1.0], "caps": []}},
+        BadRule,
+    ),
+    "fewer tokens than k": (WATCH | {"pool": {"kind": "top_k_mean", "k": 3, "width": 2}}, BadRule),
+    "floor as a string": (WATCH | {"pool": {"kind": "top_k_mean", "k": 1, "floor": "0"}}, BadRule),
+    "words without a weight": (TABLE | {"weights": []}, BadRule),
+    "word twice": (TABLE | {"tokens": [5, 5], "weights": [1.0, 1.0], "squares": [1.0, 1.0]}, BadRule),
+    "word that is no id": (TABLE | {"tokens": [-1]}, BadRule),
+    "word as a string": (TABLE | {"tokens": ["a"]}, BadRule),
+    "pair of three": (TABLE | {"pairs": [1, 2, 3], "pair_weights": [1.0], "pair_squares": [1.0]}, BadRule),
+    "root of less than nothing": (TABLE | {"squares": [-1.0]}, BadRule),
+    "root of nothing": (TABLE | {"floor": 0.0}, BadRule),
+    "window of words without end": (TABLE | {"last": 10**9}, BadRule),
+    "blend of heads": ({"kind": "blend", "gates": [HEAD], "weights": [1.0], "threshold": 0.0}, BadRule),
+    "blend of nothing": ({"kind": "blend", "gates": [], "weights": [], "threshold": 0.0}, BadRule),
+    "blend with too many weights": ({"kind": "blend", "gates": [WATCH], "weights": [1, 1], "threshold": 0.0}, BadRule),
     "direction of zeros": ({"kind": "cosine", "direction": [0.0], "threshold": 0.1}, BadRule),
     "direction of nothing": ({"kind": "cosine", "direction": [], "threshold": 0.1}, BadRule),
     "probe of nothing": (WATCH | {"evidence": {"kind": "probe", "weights": []}}, BadRule),

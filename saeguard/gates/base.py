@@ -26,7 +26,7 @@ class Seen:
 
     ``counts`` are the tokens that it may look at: real, and not special unless it asks for those. ``prompt`` are the
     prompt's real tokens, and ``ready`` says at which tokens the whole prompt has been seen: its last one and all that
-    follow. Both are None where the call does not say where its prompt ends.
+    follow. Both are None where the call does not say where its prompt ends. ``ids`` are None where they are unknown.
     """
 
     f: Float[Tensor, "batch pos k"]
@@ -34,6 +34,7 @@ class Seen:
     counts: Mask
     prompt: Mask | None
     ready: Mask | None
+    ids: Int[Tensor, "batch pos"] | None = None
 
     def __getitem__(self, columns: slice) -> "Seen":
         return self._each(lambda tensor: tensor[:, columns])
@@ -43,9 +44,8 @@ class Seen:
         return self._each(lambda tensor: tensor[rows])
 
     def _each(self, part: Callable[[Tensor], Tensor]) -> "Seen":
-        prompt = None if self.prompt is None else part(self.prompt)
-        ready = None if self.ready is None else part(self.ready)
-        return Seen(part(self.f), part(self.x), part(self.counts), prompt, ready)
+        prompt, ready, ids = (None if one is None else part(one) for one in (self.prompt, self.ready, self.ids))
+        return Seen(part(self.f), part(self.x), part(self.counts), prompt, ready, ids)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
-"""A weighted sum of pooled evidence: several views of a row, one threshold.
+"""A weighted sum of the scores of several gates: several views of a row, one threshold.
 
-    score = sum_i weight_i pool_i(evidence_i)
+    score = sum_i weight_i score_i
 
-A part whose pool has no score yet (-inf, before the first counted token) makes the sum -inf.
+A gate that has no score yet (-inf) makes the sum -inf, whatever its weight: there is none of the whole either.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,22 @@ from saeguard.errors import BadRule
 from saeguard.gates.base import Leaf, Seen, State, Verdict
 from saeguard.gates.checks import as_weights, one_number
 from saeguard.gates.watch import Watch
+from saeguard.gates.words import Words
 
 
 @dataclass(frozen=True)
 class Blend:
-    """``gates`` are `Watch`es whose scores are summed; their own thresholds play no part."""
+    """``gates`` are `Watch` or `Words` gates whose scores are summed; their own thresholds play no part."""
 
-    gates: tuple[Watch, ...]
+    gates: tuple[Watch | Words, ...]
     weights: tuple[float, ...]
     threshold: float
 
     def __post_init__(self):
         given: Any = self.gates
         gates = tuple(given) if isinstance(given, list | tuple) else (given,)
-        if not gates or not all(type(gate) is Watch for gate in gates):
-            raise BadRule(f"Blend({given!r:.60})", "these are not Watch gates", "Give one Watch or more.")
+        if not gates or not all(type(gate) in (Watch, Words) for gate in gates):
+            raise BadRule(f"Blend({given!r:.60})", "these are not Watch or Words gates", "Give one of them or more.")
         object.__setattr__(self, "gates", gates)
         object.__setattr__(self, "weights", as_weights("Blend", self.weights))
         object.__setattr__(self, "threshold", one_number("Blend threshold", self.threshold))
@@ -49,10 +50,13 @@ class Blend:
         return tuple(gate.begin(rows, device) for gate in self.gates)
 
     def step(self, state: State, seen: Sequence[Seen]) -> tuple[State, Verdict]:
-        after, score = [], None
-        for gate, weight, before, mine in zip(self.gates, self.weights, state, seen, strict=True):
+        after, parts = [], []
+        for gate, before, mine in zip(self.gates, state, seen, strict=True):
             next_state, verdict = gate.step(before, [mine])
             after.append(next_state)
-            score = weight * verdict.score if score is None else score + weight * verdict.score
-        assert score is not None
+            parts.append(verdict.score)
+        scores = torch.stack(parts, -1)
+        none = scores.isneginf()
+        weights = torch.tensor(self.weights, dtype=torch.float64, device=scores.device)
+        score = (scores.double().masked_fill(none, 0.0) * weights).sum(-1).masked_fill(none.any(-1), -torch.inf)
         return tuple(after), Verdict(score > self.threshold, score)

@@ -1,7 +1,7 @@
 """Evidence: one number per token, from the activations of a few latents or from the stream itself.
 
 Hits      1 where any watched latent is above the level, else 0       (DSG, arXiv 2504.08192: a token is hit)
-LogOdds   sum_j w_j f_j + b                                            a sparse logistic head on one token's latents
+LogOdds   sum_j w_j min(f_j, cap_j) + b                                a sparse logistic head on one token's latents
 Probe     sum_i w_i x_i + b                                            the control: a linear probe on the raw stream
 """
 
@@ -72,12 +72,16 @@ class Hits(_OfLatents):
 
 @dataclass(frozen=True)
 class LogOdds(_OfLatents):
-    """``sum_j weights_j f_j + bias``: what a logistic head that was fitted to single tokens says of this one."""
+    """``sum_j weights_j f_j + bias``: what a logistic head that was fitted to single tokens says of this one.
+
+    With ``caps``, in activation units, what lies above its latent's cap counts as the cap.
+    """
 
     latents: tuple[int, ...]
     weights: tuple[float, ...]
     bias: float = 0.0
     _: KW_ONLY
+    caps: tuple[float, ...] | None = None
     sae: str | None = None
     site: Site | None = None
     special: bool = False
@@ -86,10 +90,15 @@ class LogOdds(_OfLatents):
         object.__setattr__(self, "latents", as_latents("LogOdds", self.latents))
         object.__setattr__(self, "weights", as_weights("LogOdds", self.weights, len(self.latents)))
         object.__setattr__(self, "bias", one_number("LogOdds bias", self.bias))
+        if self.caps is not None:
+            object.__setattr__(self, "caps", as_weights("LogOdds caps", self.caps, len(self.latents)))
         check_source(self)
 
     def of(self, seen: Seen) -> Float[Tensor, "batch pos"]:
-        return seen.f.double() @ _column(self.weights, seen.f) + self.bias
+        f = seen.f.double()
+        if self.caps is not None:
+            f = torch.minimum(f, _column(self.caps, f))
+        return f @ _column(self.weights, f) + self.bias
 
 
 @dataclass(frozen=True)

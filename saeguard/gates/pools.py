@@ -8,7 +8,8 @@ With e_t the evidence at the row's t-th counted token, all sums over counted tok
     Cusum(k)       S_t = max(0, S_{t-1} + e_t - k)              Page's test: benign text never lowers what follows
     Count()        e_1 + ... + e_t
     Peak()         max of e_1 ... e_t
-    TopKMean(k)    mean of the k largest of e_1 ... e_t         missing tokens count 0
+    TopKMean(k)    mean of the k largest of e_1 ... e_t         missing tokens count ``floor``
+    TopKMean(k, w) the same over the last w
 
 There is no score (-inf) before the first counted token. Count (of evidence that is never negative), Peak and TopKMean
 (likewise) never fall; the others are made to stay with `Latched`. All is summed in float64, so that the cut of a prompt
@@ -142,23 +143,36 @@ class Peak:
 
 @dataclass(frozen=True)
 class TopKMean:
-    """The mean of the ``k`` largest so far."""
+    """The mean of the ``k`` largest so far, or of the last ``width`` tokens."""
 
     k: int
+    width: int | None = None
+    floor: float = 0.0
 
     def __post_init__(self):
         whole("TopKMean", self.k)
+        object.__setattr__(self, "floor", one_number("TopKMean floor", self.floor))
+        if self.width is not None:
+            whole("TopKMean width", self.width)
+            if self.width < self.k:
+                raise BadRule(
+                    f"TopKMean of {self.k} in {self.width} tokens", "there are not so many", "Give width >= k."
+                )
 
     def begin(self, rows: int, device: torch.device) -> State:
+        if self.width is not None:
+            return (torch.full((rows, self.width), self.floor, dtype=torch.float64, device=device),)
         return (_zeros(device, rows, self.k) - torch.inf,)
 
     def step(self, state: State, e: Float[Tensor, "batch pos"], seen: Seen) -> tuple[State, Float[Tensor, "batch pos"]]:
         (best,) = state
         scores = []
         for column in range(e.shape[1]):
-            moved = torch.cat([best, e[:, column, None]], dim=1).topk(self.k, dim=1).values
+            moved = torch.cat([best, e[:, column, None]], dim=1)
+            moved = moved.topk(self.k, dim=1).values if self.width is None else moved[:, 1:]
             best = torch.where(seen.counts[:, column, None], moved, best)
-            scores.append(best.masked_fill(best.isneginf(), 0.0).sum(1) / self.k)
+            top = best if self.width is None else best.topk(self.k, dim=1).values
+            scores.append(top.masked_fill(top.isneginf(), self.floor).sum(1) / self.k)
         return (best,), torch.stack(scores, 1) if scores else e.double()
 
 

@@ -62,9 +62,9 @@ class Watch:
     @property
     def monotone(self) -> bool:
         """Whether its score never falls."""
-        return (
-            isinstance(self.pool, Peak) or isinstance(self.evidence, Hits) and isinstance(self.pool, Count | TopKMean)
-        )
+        if isinstance(self.pool, TopKMean):
+            return isinstance(self.evidence, Hits) and self.pool.width is None and self.pool.floor <= 0
+        return isinstance(self.pool, Peak) or isinstance(self.evidence, Hits) and isinstance(self.pool, Count)
 
     def begin(self, rows: int, device: torch.device) -> State:
         """The pool's state, and whether any token has counted."""

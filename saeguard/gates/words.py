@@ -147,14 +147,14 @@ class _Table:
         """0 for keys that are not there."""
         if not len(self.keys):
             return torch.zeros(2, *wanted.shape, dtype=torch.float64)
-        place = torch.searchsorted(self.keys, wanted).clamp_max(len(self.keys) - 1)
+        place = torch.searchsorted(self.keys, wanted.contiguous()).clamp_max(len(self.keys) - 1)
         return torch.where(self.keys[place] == wanted, self.numbers[:, place], 0.0)
 
 
 def counted_before(
     ids: Int[Tensor, "batch pos"], counts: Tensor, before: Int[Tensor, " batch"]
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-    """The id of the last counted token in front of each one, and up to each one; ``before`` the pass it is ``before``."""
+    """The id of the last counted token in front of each one, and up to each one; ``before`` is from earlier passes."""
     places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
     up_to = torch.where(counts, places, 0).cummax(1).values if ids.shape[1] else torch.zeros_like(ids)
     known = torch.cat([before[:, None], ids], 1)
