@@ -55,17 +55,19 @@ best = {topic: max([s for s in STRENGTHS if ratios[topic, s] <= FLUENT], default
 plans = [None, *(tried[topic, best[topic]] for topic in TOPICS)]
 
 texts, nats = write([(prompt, plan) for plan in plans for prompt in SHOW_ON])
-proofs, n = [], len(SHOW_ON)
+proofs, n, shown = [], len(SHOW_ON), []
 for number, (topic, (_, words)) in enumerate(TOPICS.items(), start=1):
     written, ratio = texts[number * n : number * n + n], perplexity_ratio(nats[number * n : number * n + n], nats[:n])
     before, after = (sum(word_share(text, words.split()) for text in some) / n for some in (texts[:n], written))
     found = f"{before:.1%} of the words plain, {after:.1%} steered, {n} prompts, perplexity x {ratio:.2f}"
     claim, holds = f"{topic}, strength {best[topic]}: more of its words, still fluent", before < after and ratio <= 1.5
     proofs.append(Proof(claim, found, holds))
-    print(f"{topic:9}{found}\n         {SHOW_ON[0]} ...{written[0]}".replace("\n\n", " "))
+    most = max(range(n), key=lambda i: word_share(written[i], words.split()))
+    shown.append(SHOW_ON[most])  # of twelve, the one that is most about it
+    print(f"{topic:9}{found}\n         {SHOW_ON[most]} ...{' '.join(written[most].split())}")
 
 saes = {SAE_NAME: sae}
-batch = encode(tokenizer, [SHOW_ON[0]] * len(TOPICS), chat=False)
+batch = encode(tokenizer, shown, chat=False)
 takes = [play(model, batch, given, tokenizer=tokenizer, saes=saes, sites=sites_of(plans, saes), max_new_tokens=60)
          for given in (None, plans[1:])]  # fmt: skip
 lines = make_lines(*takes, plans[1:], saes, tokenizer, list(TOPICS))

@@ -7,6 +7,7 @@ of the table in `saeguard.ops`, or one of `saeguard.dense`, which change all lat
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from itertools import combinations
@@ -116,7 +117,8 @@ class Rule:
         site = f" at {self.site}" if self.site else ""
         site += f" to {self.site_out}" if self.site_out else ""
         latents = "" if isinstance(self.op, Splice) else f"[{shown}]"
-        return f"{self.op} on {self.sae}{latents}{site}"
+        op = re.sub(r"(\([-+.\de]+, [-+.\de]+), [-+.\de, ]+\)", r"\1, ...)", str(self.op))  # one amount per latent
+        return f"{op} on {self.sae}{latents}{site}"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ COMMANDS = (
     ("convert",), ("error",), ("compare",),
     ("latents",), ("latents", "search"), ("latents", "show"), ("latents", "contexts"),
     ("audit",), ("audit", "verify"), ("audit", "show"),
+    ("eval",), ("eval", "unlearn"), ("eval", "dilution"), ("eval", "transforms"), ("eval", "benign"),
     ("policy",), ("policy", "show"), ("policy", "verify"), ("policy", "sign"), ("policy", "keygen"),
 )  # fmt: skip
 

@@ -59,7 +59,7 @@ def texts(draw: Any, *, rows: int = 2, longest: int = 12) -> Tensor:
 
 
 @settings(max_examples=cases(1_600))
-@given(st.sampled_from(tiny.ARCHITECTURES), laws.plans(SAES, where=laws.wheres()), texts(), st.data())
+@given(st.sampled_from(tiny.ARCHITECTURES), laws.plans(SAES, where=laws.wheres(), gated=True), texts(), st.data())
 def test_any_chunking_edits_what_a_full_pass_edits(architecture, plan, ids, data):
     model, length = tiny.tiny_model(architecture), ids.shape[1]
     cuts = tuple(sorted(data.draw(st.sets(st.integers(1, length - 1)))))
@@ -99,7 +99,10 @@ def used(sequence: Tensor, prompt: int) -> int:
 
 @settings(max_examples=cases(400))
 @given(
-    st.sampled_from(tiny.ARCHITECTURES), laws.plans(SAES, where=laws.wheres()), texts(), st.sampled_from(sorted(WAYS))
+    st.sampled_from(tiny.ARCHITECTURES),
+    laws.plans(SAES, where=laws.wheres(), gated=True),
+    texts(),
+    st.sampled_from(sorted(WAYS)),
 )
 def test_generation_edits_what_a_full_pass_over_its_text_edits(architecture, plan, ids, way):
     model, prompt = tiny.tiny_model(architecture), ids.shape[1]

@@ -54,7 +54,10 @@ def batches(draw: Any, **options: Any) -> tuple[list[Plan | None], list[int]]:
 
 @settings(max_examples=cases(4_800))
 @given(
-    st.sampled_from(tiny.ARCHITECTURES), batches(where=laws.wheres(longest=8)), st.integers(1, 8), st.integers(0, 2**30)
+    st.sampled_from(tiny.ARCHITECTURES),
+    batches(where=laws.wheres(longest=8), gated=True),
+    st.integers(1, 8),
+    st.integers(0, 2**30),
 )
 def test_rows_do_not_depend_on_each_other(architecture, batch, width, seed):
     model, (plans, order) = tiny.tiny_model(architecture), batch
@@ -82,7 +85,12 @@ def rows_of(run: Any, rows: int) -> list[dict[Rule, tuple[int, ...]]]:
 
 
 @settings(max_examples=cases(200))
-@given(st.sampled_from(tiny.ARCHITECTURES), batches(where=laws.wheres()), st.integers(1, 5), st.integers(0, 2**30))
+@given(
+    st.sampled_from(tiny.ARCHITECTURES),
+    batches(where=laws.wheres(), gated=True),
+    st.integers(1, 5),
+    st.integers(0, 2**30),
+)
 def test_rows_of_a_generated_batch_do_not_depend_on_each_other(architecture, batch, width, seed):
     """Here a row is compared with a call of its own, token by token."""
     model, (plans, _) = tiny.tiny_model(architecture), batch

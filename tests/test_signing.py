@@ -179,7 +179,11 @@ def test_nobody_trusted_means_that_nothing_passes(file):
 
 
 @pytest.mark.usefixtures("without_type_checks")
-@pytest.mark.parametrize("signed_by", [KEY.public, KEY.public.hex, [KEY.public.hex], {KEY.public}, True])
+@pytest.mark.parametrize(
+    "signed_by",
+    [KEY.public, KEY.public.hex, [KEY.public.hex], {KEY.public}, True],
+    ids=["a key", "its text", "a list of texts", "a set", "true"],
+)
 def test_what_is_no_list_of_keys_trusts_nobody(signed_by, file):
     with pytest.raises(BadSigningKey, match="that is no list of PublicKey"):
         Policy.load(file, signed_by=signed_by)

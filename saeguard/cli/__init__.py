@@ -8,6 +8,8 @@ from saeguard.cli import (
     boosting,
     console,
     demo,
+    evaluating,
+    guarding,
     judging,
     latents,
     models,
@@ -53,6 +55,9 @@ app.command("score")(scoring.score)
 app.command("select")(selecting.select)
 app.add_typer(auditing.app, name="audit")
 app.add_typer(policies.app, name="policy")
+guarding.app.command("show")(policies.show)
+app.add_typer(guarding.app, name="guard")
+app.add_typer(evaluating.app, name="eval")
 app.command("assets")(assets.assets)
 app.command("inspect")(sources.inspect)
 app.command("convert")(sources.convert)

@@ -79,7 +79,7 @@ def error(
 
         write_error_picture(document, picture)
     if as_json:
-        write_json(_finite(document))
+        write_json(finite(document))
         return
     _show_error(document, picture)
 
@@ -118,7 +118,7 @@ def compare(
                 pair, model, domains, progress, tokens=tokens, ce_rows=ce_rows, random_rows=random_rows, seed=seed,
                 fake_above=fake_above,
             )  # fmt: skip
-    write_json(_finite(found)) if as_json else _show_comparison(found)
+    write_json(finite(found)) if as_json else _show_comparison(found)
 
 
 @contextmanager
@@ -205,12 +205,12 @@ def _overlap_document(found: Any) -> dict[str, Any]:
     return asdict(found) | {"share_a": found.share_a, "share_b": found.share_b}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same document with null for numbers that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

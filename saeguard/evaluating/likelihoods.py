@@ -20,13 +20,13 @@ from saeguard.errors import UnstableEdit
 from saeguard.evaluating.prompts import padded, places
 from saeguard.evaluating.subject import Subject, Verdict, device_of
 
-BATCH = 16
+BATCH = 32
 """Continuations per forward pass."""
 
 
 @dataclass(frozen=True)
 class Branches:
-    """Token ids of one beginning and of what may follow it, neither of them empty."""
+    """Token ids of one beginning and of the two or more that may follow it, none of them empty."""
 
     front: tuple[int, ...]
     backs: tuple[tuple[int, ...], ...]

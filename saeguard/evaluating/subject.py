@@ -25,8 +25,10 @@ class Verdict:
 class Subject(Protocol):
     """A model, its tokenizer, and what stands between them and who asks."""
 
-    model: nn.Module
-    tokenizer: Any
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def tokenizer(self) -> Any: ...
 
     def passes(self, prompt_tokens: Sequence[int]) -> AbstractContextManager[Callable[[], Sequence[Verdict]]]:
         """A block for forward passes of so many rows, whose prompts have so many real tokens.
