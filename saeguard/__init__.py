@@ -9,7 +9,7 @@ import typing
 if typing.TYPE_CHECKING:
     from saeguard.boosted import Boosted, base_of, boosts_of
     from saeguard.capturing import Tape, capture
-    from saeguard.dense import Reweight, Splice
+    from saeguard.dense import Misdirect, Project, Reweight, Splice
     from saeguard.engines.layouts import Layout
     from saeguard.errors import SaeguardError
     from saeguard.evaluating.self_check import self_check
@@ -17,7 +17,7 @@ if typing.TYPE_CHECKING:
     from saeguard.loaders.live import load_saelens
     from saeguard.loaders.native import save_sae
     from saeguard.models import load_model
-    from saeguard.ops import Ablate, Add, AtLeast, AtMost, Clamp, Scale
+    from saeguard.ops import Ablate, Add, AtLeast, AtMost, Clamp, ClampAbove, Reduce, Scale
     from saeguard.plans import Plan, Rule
     from saeguard.reports import Report
     from saeguard.sae import SAE
@@ -36,8 +36,12 @@ __all__ = [
     "AtMost",
     "Boosted",
     "Clamp",
+    "ClampAbove",
     "Layout",
+    "Misdirect",
     "Plan",
+    "Project",
+    "Reduce",
     "Report",
     "Reweight",
     "Rule",
@@ -62,7 +66,7 @@ __all__ = [
 _HOMES = {
     "boosted": ("Boosted", "base_of", "boosts_of"),
     "capturing": ("Tape", "capture"),
-    "dense": ("Reweight", "Splice"),
+    "dense": ("Misdirect", "Project", "Reweight", "Splice"),
     "engines.layouts": ("Layout",),
     "errors": ("SaeguardError",),
     "evaluating.self_check": ("self_check",),
@@ -70,7 +74,7 @@ _HOMES = {
     "loaders.live": ("load_saelens",),
     "loaders.native": ("save_sae",),
     "models": ("load_model",),
-    "ops": ("Ablate", "Add", "AtLeast", "AtMost", "Clamp", "Scale"),
+    "ops": ("Ablate", "Add", "AtLeast", "AtMost", "Clamp", "ClampAbove", "Reduce", "Scale"),
     "plans": ("Plan", "Rule"),
     "reports": ("Report",),
     "sae": ("SAE",),

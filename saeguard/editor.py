@@ -17,10 +17,13 @@ from saeguard.gating import BoundGate, BoundLeaf, Gating, Memory
 from saeguard.kernels.dense_parts import DensePart, lay_out_dense
 from saeguard.kernels.parts import Part, lay_out
 from saeguard.kernels.pick import KernelName, pick
+from saeguard.kernels.stream_parts import StreamPart, lay_out_stream
 from saeguard.plans import Plan, Rule, check_overlaps
 from saeguard.sae import SAE
 from saeguard.sites import Site
 from saeguard.tokens import TokenBatch
+
+AnyPart = Part | DensePart | StreamPart
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class PartEdit:
 class DenseEdit:
     """The same of a part of dense rules, whose changes are too wide to keep."""
 
-    part: DensePart
+    part: DensePart | StreamPart
     rules: tuple[int, ...]
     selected: Fired
     edited: Fired
@@ -153,6 +156,14 @@ def _sites(rule: Rule, sae: SAE) -> tuple[Site, Site]:
     return reads, rule.site_out or sae.site_out or reads
 
 
+def _lay_out(sae: SAE, rules: Sequence[BoundRule]) -> AnyPart:
+    """The part for rules of one kind on one SAE."""
+    wanted = [bound.rule for bound in rules]
+    if wanted[0].needs_all:
+        return lay_out_dense(sae, wanted)
+    return lay_out_stream(sae, wanted) if wanted[0].is_dense else lay_out(sae, wanted, [b.plans for b in rules])
+
+
 class Editor:
     """The edits of one list of bound rules at one site; a pure function once built.
 
@@ -171,19 +182,18 @@ class Editor:
         self.site = site
         self.rules = tuple(rules)
         self._kernels = pick(kernel)
-        self._parts: list[tuple[Site, tuple[int, ...], Tensor, Part | DensePart]] = []
-        self._elsewhere: dict[tuple[int, torch.device], Part | DensePart] = {}
-        by_sae: dict[tuple[str, str, bool], list[int]] = {}
+        self._parts: list[tuple[Site, tuple[int, ...], Tensor, AnyPart]] = []
+        self._elsewhere: dict[tuple[int, torch.device], AnyPart] = {}
+        by_sae: dict[tuple[str, str, bool, bool], list[int]] = {}
         # sums of floats depend on the order of their terms, so that order is not the one of declaration
         for index, bound in sorted(enumerate(self.rules), key=lambda numbered: repr(numbered[1].rule)):
             if bound.site == site:
-                kind = (saes[bound.rule.sae].key, str(bound.reads), bound.rule.is_dense)
+                kind = (saes[bound.rule.sae].key, str(bound.reads), bound.rule.is_dense, bound.rule.needs_all)
                 by_sae.setdefault(kind, []).append(index)
-        for (*_, is_dense), members in sorted(by_sae.items()):
+        for _, members in sorted(by_sae.items()):
             mine = [self.rules[index] for index in members]
-            sae, wanted = saes[mine[0].rule.sae], [bound.rule for bound in mine]
-            part = lay_out_dense(sae, wanted) if is_dense else lay_out(sae, wanted, [bound.plans for bound in mine])
-            self._parts.append((mine[0].reads, tuple(members), torch.tensor(members), part.to(device)))
+            part = _lay_out(saes[mine[0].rule.sae], mine).to(device)
+            self._parts.append((mine[0].reads, tuple(members), torch.tensor(members), part))
         gates = [bound.gate if bound.site == site else None for bound in self.rules]
         self._gating = Gating(gates, saes, device)
         watched = [gate.sites for gate in gates if gate is not None]
@@ -230,13 +240,14 @@ class Editor:
         selected = chosen & covers[:, None, index]
         if opened is not None:
             selected = selected & opened.to(y.device)
-        if isinstance(part, DensePart):
-            dx, edited, norm = self._kernels.dense(x, y, part, selected)
+        if isinstance(part, DensePart | StreamPart):
+            whole = self._kernels.dense if isinstance(part, DensePart) else self._kernels.stream
+            dx, edited, norm = whole(x, y, part, selected)  # type: ignore[arg-type]
             return dx, DenseEdit(part, members, selected, edited, norm.detach())
         dx, df, scale = self._kernels.sliced(x, y, part, selected)
         return dx, PartEdit(part, members, selected, df, scale)
 
-    def _part_on(self, number: int, device: torch.device) -> Part | DensePart:
+    def _part_on(self, number: int, device: torch.device) -> AnyPart:
         part = self._parts[number][3]
         if part.sae.W_dec.device == device:
             return part

@@ -36,6 +36,7 @@
     |- MissingExtra           an optional package is not installed
     |- TrainError             training cannot start or go on
     |- ScoreMismatch          scores that do not belong together, or are not there
+    |- StrengthUnreachable    no amount of an op moves the model's predictions as far as was asked
     |- CalibrationRefused     the rows cannot support the threshold that was asked for
     |- AuditError             a request cannot go on record, or the record is not what was written
     |  |- BadRecord             a field is out of its domain, or fields contradict each other
@@ -218,6 +219,10 @@ class TrainError(SaeguardError):
 
 class ScoreMismatch(SaeguardError):
     """Scores of different SAEs, of the wrong number of latents, or that were not computed."""
+
+
+class StrengthUnreachable(SaeguardError):
+    """No amount of an op moves the model's predictions as far as was asked."""
 
 
 class CalibrationRefused(SaeguardError):

@@ -25,11 +25,11 @@ INF = math.inf
 
 @dataclass(frozen=True)
 class Lowered:
-    """The five numbers of the table, and in which unit ``shift``, ``lo`` and ``hi`` are given."""
+    """The five numbers of the table, and in which unit all of them but ``scale`` are given."""
 
     scale: Amount = 1.0
     shift: Amount = 0.0
-    floor: float = -INF
+    floor: Amount = -INF
     lo: Amount = -INF
     hi: Amount = INF
     unit: Unit = "activation"
@@ -71,6 +71,28 @@ class Clamp:
 
 
 @dataclass(frozen=True)
+class ClampAbove:
+    """Set f to ``value`` where f > ``above``, strictly; both are in ``unit``.
+
+    "Clamp Prime" of Khoriaty et al. (arXiv 2503.11127) is ``ClampAbove(c, above=0.05)``: unlike `Clamp` where a latent
+    is active, it leaves faint activations alone.
+    """
+
+    value: Amount
+    _: KW_ONLY
+    above: Amount
+    unit: Unit = "activation"
+
+    def __post_init__(self):
+        object.__setattr__(self, "value", as_amount("ClampAbove value", self.value))
+        object.__setattr__(self, "above", as_amount("ClampAbove above", self.above))
+        check_unit("ClampAbove", self.unit)
+
+    def lower(self) -> Lowered:
+        return Lowered(0.0, self.value, self.above, unit=self.unit)
+
+
+@dataclass(frozen=True)
 class Scale:
     """Multiply f by ``factor``; a negative factor turns the latent's contribution around."""
 
@@ -97,6 +119,28 @@ class Add:
 
     def lower(self) -> Lowered:
         return Lowered(shift=self.amount, unit=self.unit)
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """Take ``amount``, which is not negative, off f where f > 0, and never more than there is.
+
+    SpARE (arXiv 2410.15999) removes min(z, f) of latents in this way, and raises others with `AtLeast`.
+    """
+
+    amount: Amount
+    _: KW_ONLY
+    unit: Unit = "activation"
+
+    def __post_init__(self):
+        object.__setattr__(self, "amount", as_amount("Reduce amount", self.amount))
+        check_unit("Reduce", self.unit)
+        if min(each(self.amount), default=0.0) < 0:
+            raise BadRule(f"Reduce by {self.amount}", "an amount is negative", "Raise latents with Add or AtLeast.")
+
+    def lower(self) -> Lowered:
+        off = tuple(-a for a in each(self.amount))
+        return Lowered(1.0, off if isinstance(self.amount, tuple) else off[0], 0.0, 0.0, unit=self.unit)
 
 
 @dataclass(frozen=True)
@@ -139,8 +183,10 @@ class AtMost:
         return Lowered(hi=self.value, unit=self.unit)
 
 
+AnyOp = Clamp | ClampAbove | Scale | Add | Reduce | Ablate | AtLeast | AtMost
 OPS: dict[str, Any] = {
     "clamp": Clamp, "scale": Scale, "add": Add, "ablate": Ablate, "at_least": AtLeast, "at_most": AtMost,
+    "clamp_above": ClampAbove, "reduce": Reduce,
 }  # fmt: skip
 """Names of the ops in a plan file."""
 
@@ -155,6 +201,11 @@ def as_amount(what: str, amount: Any) -> Amount:
             )
     floats = tuple(float(number) + 0.0 for number in numbers)
     return floats if isinstance(amount, tuple | list) else floats[0]
+
+
+def each(amount: Amount) -> tuple[float, ...]:
+    """The numbers of ``amount``: one, or one per latent."""
+    return tuple(amount) if isinstance(amount, tuple | list) else (amount,)
 
 
 def check_unit(what: str, unit: str) -> None:

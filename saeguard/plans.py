@@ -2,7 +2,7 @@
 
 A `Rule` names latents of an SAE, an op, and which tokens it is about; a `Plan` is a tuple of rules. All rules of a
 plan are joint: every activation is read from the same x, and the order of declaration never matters. An op is one line
-of the table in `saeguard.ops`, or one of `saeguard.dense`, which change all latents of a token.
+of the table in `saeguard.ops`, or one of `saeguard.dense`, which change x as a whole.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from saeguard import strict_json
-from saeguard.dense import DENSE_OPS, Reweight, Splice
+from saeguard.dense import DENSE_OPS, AnyDense, Misdirect, Project, Reweight, Splice
 from saeguard.errors import BadPlanFile, BadRule, EmptyPlan, OverlappingRules, UnknownOp, UnknownSchema
 from saeguard.gates.base import Gate
 from saeguard.gates.written import check_gate, gate_from_dict, gate_to_dict
-from saeguard.ops import OPS, Ablate, Add, AtLeast, AtMost, Clamp, Lowered, Scale
+from saeguard.ops import OPS, AnyOp, Lowered
 from saeguard.sites import Site
 from saeguard.tokens import Phase, Where
 from saeguard.triggers import TRIGGERS, AnyActive, as_latents
@@ -28,6 +28,8 @@ SCHEMA = 1
 MAX_BYTES = 16_000_000
 MAX_DEPTH = 24
 _ALL_OPS = OPS | DENSE_OPS
+_WHOLE = (Splice, Misdirect, Project)
+"""Ops of which a stream can be under one only: what each makes of x is no longer so when another is added."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Rule:
 
     sae: str
     latents: tuple[int, ...]
-    op: Clamp | Scale | Add | Ablate | AtLeast | AtMost | Splice | Reweight
+    op: AnyOp | AnyDense
     _: KW_ONLY
     site: Site | None = None
     site_out: Site | None = None
@@ -84,27 +86,33 @@ class Rule:
 
     @property
     def is_dense(self) -> bool:
+        """Whether the op changes x as a whole, rather than some activations."""
+        return isinstance(self.op, AnyDense)
+
+    @property
+    def needs_all(self) -> bool:
         """Whether the op needs all latents of the SAE."""
-        return isinstance(self.op, Splice | Reweight)
+        return isinstance(self.op, AnyDense) and self.op.needs_all
 
     @property
     def lowered(self) -> Lowered:
         """The op as numbers. Raises `BadRule` for a dense op, which is no line of the table."""
-        if isinstance(self.op, Splice | Reweight):
-            raise BadRule(f"the numbers of {self.op}", "it is a dense op", "Lay it out with lay_out_dense.")
+        if isinstance(self.op, AnyDense):
+            raise BadRule(f"the numbers of {self.op}", "it is a dense op", "Lay it out with saeguard.kernels.")
         return self.op.lower()
 
     def _check_amounts(self) -> None:
-        if isinstance(self.op, Splice | Reweight):
+        if isinstance(self.op, AnyDense):
             self.op.check(self.latents)
             if self.priority is not None:
                 raise BadRule(
-                    f"{self.op} with priority {self.priority}", "a dense op changes all latents, and none can yield",
+                    f"{self.op} with priority {self.priority}",
+                    "a dense op changes all of the stream, and none can yield",
                     "Leave the priority out.",
-                )  # fmt: skip
+                )
             return
         lowered = self.lowered
-        for amount in (lowered.scale, lowered.shift, lowered.lo, lowered.hi):
+        for amount in (lowered.scale, lowered.shift, lowered.floor, lowered.lo, lowered.hi):
             if isinstance(amount, tuple) and len(amount) != len(self.latents):
                 raise BadRule(
                     f"one amount per latent for {len(self.latents)} latents",
@@ -116,7 +124,7 @@ class Rule:
         shown = ", ".join(map(str, self.latents[:6])) + (", ..." if len(self.latents) > 6 else "")
         site = f" at {self.site}" if self.site else ""
         site += f" to {self.site_out}" if self.site_out else ""
-        latents = "" if isinstance(self.op, Splice) else f"[{shown}]"
+        latents = "" if isinstance(self.op, Splice | Misdirect) else f"[{shown}]"
         op = re.sub(r"(\([-+.\de]+, [-+.\de]+), [-+.\de, ]+\)", r"\1, ...)", str(self.op))  # one amount per latent
         return f"{op} on {self.sae}{latents}{site}"
 
@@ -190,14 +198,16 @@ def check_overlaps(rules: Iterable[tuple[Rule, tuple[Any, ...]]]) -> None:
         check_dense(a, b, one_place=here == there, one_site=one_site)
     owners: dict[Any, dict[int, list[Rule]]] = {}
     for rule, place in listed:
-        for latent in () if rule.is_dense else rule.latents:
+        for latent in () if rule.needs_all else rule.latents:
             others = owners.setdefault(place, {}).setdefault(latent, [])
             for other in others:
                 if other.priority is None or rule.priority is None or other.priority == rule.priority:
                     raise OverlappingRules(
                         f"latent {latent} of {rule.sae} set by two rules of one row, {other.op} and {rule.op}",
                         "nothing says which of them acts",
-                        "Merge them, or give both rules different priorities.",
+                        "Keep one of them."
+                        if rule.is_dense or other.is_dense
+                        else "Merge them, or give both rules different priorities.",
                     )
             others.append(rule)
 
@@ -207,14 +217,16 @@ def check_dense(a: Rule, b: Rule, *, one_place: bool, one_site: bool) -> None:
 
     ``one_site`` says that they write one site, ``one_place`` that they have one SAE there too.
     """
-    kinds = {type(a.op), type(b.op)}
-    if kinds == {Splice} and one_site:
+    if isinstance(a.op, _WHOLE) and isinstance(b.op, _WHOLE) and one_site:
         raise OverlappingRules(
             f"{a} and {b} in one row",
-            "the stream cannot become two reconstructions, and leaving out two errors is no sum",
+            "the stream cannot become two reconstructions, and leaving out two errors is no sum"
+            if {type(a.op), type(b.op)} == {Splice}
+            else "each says what becomes of the whole stream, and the sum of both is neither",
             "Keep one of them; other ops can stand beside it.",
         )
-    both_set = all(rule.is_dense or rule.latents for rule in (a, b))
+    kinds = {type(a.op), type(b.op)}
+    both_set = all(rule.needs_all or rule.latents for rule in (a, b))
     if Reweight in kinds and Splice not in kinds and one_place and both_set:
         raise OverlappingRules(
             f"{a} and {b} in one row",

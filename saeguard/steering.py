@@ -205,7 +205,7 @@ def _load(plans: Sequence[Plan | None], saes: SAE | Iterable[SAE] | Mapping[str,
             if leaf.latents and (mine := wanted.setdefault(leaf.sae or rule.sae, {})) is not None:
                 mine.update(dict.fromkeys(leaf.latents))
         watched, found = rule.trigger.latents if rule.trigger else (), wanted.setdefault(rule.sae, {})
-        if rule.is_dense:
+        if rule.needs_all:
             wanted[rule.sae] = None
         elif found is not None:
             found.update(dict.fromkeys(rule.latents + watched))

@@ -4,6 +4,7 @@ Nothing else in saeguard looks at attention masks, token ids or cache lengths, a
 of columns of a pass: a prompt may arrive whole, in chunks or one token at a time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -14,16 +15,20 @@ from torch import Tensor
 from saeguard.axes import Mask, Places
 from saeguard.errors import BadRule, PhaseUnknown, TokensUnknown
 
-Phase = Literal["all", "prompt", "generated"]
+Phase = Literal["all", "prompt", "generated", "last", "newest"]
+"""``last`` is the last token of the prompt; ``newest`` are the tokens at which the model chooses the next one: the last
+one of the prompt and every generated one."""
 
 
 @dataclass(frozen=True)
 class Where:
     """Which tokens of a row a rule is about.
 
-    ``first`` keeps the first so many tokens of the phase. ``start`` and ``stop`` bound the absolute position: the
-    number of real tokens before this one in its row, so padding never counts. ``special`` includes BOS, EOS and the
-    other special tokens, whose activations lie far outside what SAEs are trained on.
+    The phases ``last`` and ``newest`` are the two readings of "the last position" in the literature: once, at the end
+    of the prompt (SpARE, arXiv 2410.15999), or again at every token whose successor is chosen. ``first`` keeps the
+    first so many tokens of the phase. ``start`` and ``stop`` bound the absolute position: the number of real tokens
+    before this one in its row, so padding never counts. ``special`` includes BOS, EOS and the other special tokens,
+    whose activations lie far outside what SAEs are trained on.
     """
 
     phase: Phase = "all"
@@ -60,7 +65,7 @@ class TokenBatch:
     ``column`` is the column of the first token counted from the start of the row's cache, padding included;
     ``absolute`` counts real tokens only. ``since_prompt`` is negative in the prompt and 0 at the first generated
     token, or None where the call does not say where its prompt ends. ``special`` and ``ids`` are None where they
-    are unknown.
+    are unknown. ``last`` says which token is its prompt's last, or is None where that cannot be told.
     """
 
     real: Mask
@@ -69,6 +74,7 @@ class TokenBatch:
     since_prompt: Places | None
     column: int
     ids: Int[Tensor, "batch pos"] | None = None
+    last: Mask | None = None
     _selected: dict[Where, Mask] = field(default_factory=dict)
 
     def select(self, where: Where) -> Mask:
@@ -80,17 +86,18 @@ class TokenBatch:
     def upto(self, column: int) -> "TokenBatch":
         """The tokens before ``column``."""
         n = column - self.column
-        special = None if self.special is None else self.special[:, :n]
-        since = None if self.since_prompt is None else self.since_prompt[:, :n]
-        ids = None if self.ids is None else self.ids[:, :n]
-        return TokenBatch(self.real[:, :n], self.absolute[:, :n], special, since, self.column, ids)
+        special, since, ids, last = self._optional(lambda known: known[:, :n])
+        return TokenBatch(self.real[:, :n], self.absolute[:, :n], special, since, self.column, ids, last)
 
     def of_rows(self, rows: Int[Tensor, " row"]) -> "TokenBatch":
         """Row i is what row ``rows[i]`` was."""
-        special = None if self.special is None else self.special[rows]
-        since = None if self.since_prompt is None else self.since_prompt[rows]
-        ids = None if self.ids is None else self.ids[rows]
-        return TokenBatch(self.real[rows], self.absolute[rows], special, since, self.column, ids)
+        special, since, ids, last = self._optional(lambda known: known[rows])
+        return TokenBatch(self.real[rows], self.absolute[rows], special, since, self.column, ids, last)
+
+    def _optional(self, part: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+        """``part`` of what may be unknown: special, since_prompt, ids and last."""
+        known = (self.special, self.since_prompt, self.ids, self.last)
+        return [None if one is None else part(one) for one in known]
 
     def _select(self, where: Where) -> Mask:
         selected = self.real
@@ -104,6 +111,13 @@ class TokenBatch:
             since = self._known_phase(where)
             selected = selected & (since >= 0)
             return selected if where.first is None else selected & (since < where.first)
+        if where.phase == "newest":
+            since, last = self._known_phase(where), self._known_last(where)
+            selected = selected & (last | (since >= 0))
+            return selected if where.first is None else selected & (since < where.first - 1) & (where.first > 0)
+        if where.phase == "last":
+            selected = selected & self._known_last(where)
+            return selected & (where.first != 0)
         if where.phase == "prompt":
             selected = selected & (self._known_phase(where) < 0)
         return selected if where.first is None else selected & (self.absolute < where.first)
@@ -117,6 +131,16 @@ class TokenBatch:
             )
         return self.special
 
+    def _known_last(self, where: Where) -> Mask:
+        self._known_phase(where)
+        if self.last is None:
+            raise PhaseUnknown(
+                f"a rule for the {where.phase} tokens",
+                "a row is padded on the right, and was read in pieces: its last token went by before that was known",
+                "Pad on the left, or let generate read the prompt in one pass (prefill_chunk_size=None).",
+            )
+        return self.last
+
     def _known_phase(self, where: Where) -> Places:
         if self.since_prompt is None:
             raise PhaseUnknown(
@@ -125,6 +149,20 @@ class TokenBatch:
                 "Say steer(model, plan, prompt_tokens=n), with n real tokens or one number per row.",
             )
         return self.since_prompt
+
+
+def last_of_prompt(real: Mask, column: int, prompt_columns: int) -> Mask | None:
+    """Which token is the last real one of its prompt, where prompts take ``prompt_columns`` columns, padding included.
+
+    None where a row has only padding in the pass that ends the prompt, and earlier passes did not know that it would.
+    """
+    n = prompt_columns - column
+    if not 0 < n <= real.shape[1]:
+        return torch.zeros_like(real)
+    own = real & (torch.arange(real.shape[1], device=real.device) < n)
+    if column > 0 and not bool(own.any(1).all()):
+        return None
+    return own & (own.flip(1).cumsum(1).flip(1) == 1)
 
 
 def read_mask(mask: Tensor | None, rows: int, width: int, column: int) -> tuple[Mask, Places] | None:

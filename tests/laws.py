@@ -24,7 +24,11 @@ from saeguard import (
     AtMost,
     Boosted,
     Clamp,
+    ClampAbove,
+    Misdirect,
     Plan,
+    Project,
+    Reduce,
     Reweight,
     Rule,
     Run,
@@ -123,7 +127,7 @@ def rule_near_edge(rule: Rule, sae: SAE, x: Tensor) -> bool:
         unit = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
     elif lowered.unit == "max" and sae.maximum is not None:
         unit = sae.maximum[latents]
-    for amount in (lowered.shift, lowered.lo, lowered.hi):
+    for amount in (lowered.shift, lowered.floor, lowered.lo, lowered.hi):
         goal = torch.as_tensor(amount) * unit
         if ((f[..., latents] - goal).abs() < near[..., latents]).logical_and(goal != 0).any():
             return True
@@ -132,6 +136,8 @@ def rule_near_edge(rule: Rule, sae: SAE, x: Tensor) -> bool:
 
 def dense_near_edge(rule: Rule, sae: SAE, x: Tensor) -> bool:
     """Whether a dense rule hesitates anywhere in ``x``, which any latent can make it do."""
+    if not rule.needs_all:
+        return rule_near_edge(Rule(rule.sae, (), Ablate(), trigger=rule.trigger, gate=rule.gate), sae, x)
     everybody = tuple(range(sae.d_sae))
     if rule_near_edge(Rule(rule.sae, everybody, Ablate(), trigger=rule.trigger), sae, x):
         return True
@@ -173,6 +179,7 @@ def with_boosts(sae: SAE, sizes: Sequence[int], *, seed: int = 0) -> SAE:
     return Boosted(sae, boosts, name=sae.name)
 
 
+PHASES = ("all", "prompt", "generated", "last", "newest")
 amounts = st.integers(-32, 32).map(lambda n: n / 4)
 units = st.sampled_from(("activation", "max", "norm"))
 
@@ -188,11 +195,17 @@ def ops(*, k: int, unit: st.SearchStrategy[str] = units, amount: st.SearchStrate
         st.builds(Ablate),
         st.builds(AtLeast, value, unit=unit),
         st.builds(AtMost, value, unit=unit),
+        st.builds(ClampAbove, value, above=value, unit=unit),
+        st.builds(Reduce, (amount | st.lists(amount, min_size=k, max_size=k).map(tuple)).map(_positive), unit=unit),
     )
 
 
+def _positive(value: Any) -> Any:
+    return tuple(map(abs, value)) if isinstance(value, tuple) else abs(value)
+
+
 @st.composite
-def wheres(draw: Any, *, longest: int = 12, phases: Sequence[str] = ("all", "prompt", "generated")) -> dict[str, Any]:
+def wheres(draw: Any, *, longest: int = 12, phases: Sequence[str] = PHASES) -> dict[str, Any]:
     """The arguments of a rule that say which tokens it is about."""
     start = draw(st.just(0) | st.integers(0, longest))
     return {
@@ -217,11 +230,15 @@ def rules(
     options: dict[str, Any] = {"site": site, "trigger": trigger, **(draw(where) if where is not None else {})}
     if gated and draw(st.booleans()):
         options["gate"] = draw(gates(sae))
-    match draw(st.integers(0, 9)):
-        case 0:
+    match draw(st.integers(0, 19)):
+        case 0 | 4:
             return Rule(sae.name, (), draw(splices(sae)), **options)
-        case 1 if sae.pursuit is None:
+        case 1 | 5 if sae.pursuit is None:
             return Rule(sae.name, latents, draw(reweights(sae, k=len(latents))), **options)
+        case 2:
+            return Rule(sae.name, (), draw(MISDIRECTS), **options)
+        case 3:
+            return Rule(sae.name, latents, draw(PROJECTS), **options)
     priority = draw(st.none() | st.integers(-3, 3))
     return Rule(sae.name, latents, draw(ops(k=len(latents), unit=unit)), priority=priority, **options)
 
@@ -233,6 +250,10 @@ def gates(draw: Any, sae: SAE) -> Gate:
     pool = draw(st.sampled_from((Rate(), Window(3), Cusum(0.25), Count(), Peak(), TopKMean(2))))
     watch = Watch(evidence, pool, draw(st.integers(-1, 8)) / 8 + 0.0137)
     return draw(st.sampled_from((watch, Not(watch), Latched(watch), Latched(Not(watch)))))
+
+
+MISDIRECTS = st.builds(Misdirect, amounts, seed=st.integers(0, 2**63 - 1), unit=st.sampled_from(("stream", "norm")))
+PROJECTS = st.builds(Project, amounts)
 
 
 def splices(sae: SAE) -> st.SearchStrategy[Splice]:

@@ -161,3 +161,38 @@ def swaps(block: nn.Module, sae: SAE, weights: Tensor, fault: str) -> Any:
         return x_hat + x - sae.decode(sae.encode(x)) if fault == "keeps the error" else x_hat
 
     return _rewritten(block, write)
+
+
+def hot_tokens(block: nn.Module, sae: SAE, latents: Sequence[int], value: float, fault: str) -> Any:
+    """DSG's clamp: where any of the latents is active all of them become ``value``.
+
+    Nothing is wrong where ``fault`` is "". "only the active" leaves alone those of them that are silent at the token,
+    which is Farrell's clamp.
+    """
+    index = list(latents)
+
+    def write(x: Tensor) -> Tensor:
+        f = sae.encode(x)[..., index]
+        hot = (f > 0) if fault == "only the active" else (f > 0).any(-1, keepdim=True).expand_as(f)
+        return x + torch.where(hot, value - f, 0.0) @ sae.W_dec[index]
+
+    return _rewritten(block, write)
+
+
+def last_column(block: nn.Module, sae: SAE, latents: Sequence[int], value: float) -> Any:
+    """Edits column -1 of every pass for the last token of the prompt, whatever stands there."""
+    return _clamp(
+        block, sae, latents, value,
+        lambda f: (torch.arange(f.shape[1]) == f.shape[1] - 1).expand(f.shape[:2]),
+    )  # fmt: skip
+
+
+def takes_out_in_turn(block: nn.Module, sae: SAE, latents: Sequence[int]) -> Any:
+    """Takes decoder rows out of the stream one after the other: a later one puts parts of an earlier one back."""
+
+    def write(x: Tensor) -> Tensor:
+        for row in sae.W_dec[list(latents)]:
+            x = x - (x @ row)[..., None] * row / (row @ row)
+        return x
+
+    return _rewritten(block, write)

@@ -9,11 +9,27 @@ Written from the formula, without a line of the package's own arithmetic: nothin
 """
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from saeguard import SAE, Ablate, Add, AtLeast, AtMost, Clamp, Reweight, Rule, Scale, Splice
+from saeguard import (
+    SAE,
+    Ablate,
+    Add,
+    AtLeast,
+    AtMost,
+    Clamp,
+    ClampAbove,
+    Misdirect,
+    Project,
+    Reduce,
+    Reweight,
+    Rule,
+    Scale,
+    Splice,
+)
 
 Token = dict[str, Any]
 """``real``, ``special``, ``covers`` (one yes or no per rule), ``absolute``, ``since`` (from the end of the prompt)."""
@@ -48,6 +64,8 @@ def tell(x: Sequence[float], token: Token, rules: Sequence[Rule], saes: Mapping[
         if rule.is_dense:
             change_of_y = dense_change(rule, x, y, saes[rule.sae], weights[rule.sae])
             told.df.append(change_of_y if applies[i] else [0.0] * len(y))
+            size = math.sqrt(sum(v * v for v in told.df[-1]))
+            told.doubtful |= not rule.needs_all and applies[i] and size < 1e-5 * (1 + norm)
             told.x = [v + d for v, d in zip(told.x, told.df[-1], strict=True)]
             continue
         changes = []
@@ -81,6 +99,11 @@ def selected(rule: Rule, token: Token) -> bool:
         return False
     if token["absolute"] < rule.start or (rule.stop is not None and token["absolute"] >= rule.stop):
         return False
+    if rule.phase in ("last", "newest"):
+        place = token["since"] + 1  # 0 at the prompt's last token
+        if place < 0 or (rule.phase == "last" and place > 0):
+            return False
+        return rule.first is None or place < rule.first
     if rule.phase == "generated":
         return token["since"] >= 0 and (rule.first is None or token["since"] < rule.first)
     if rule.phase == "prompt" and token["since"] >= 0:
@@ -161,10 +184,32 @@ def dense_change(rule: Rule, x: Sequence[float], y: Sequence[float], sae: SAE, w
             if error == "dropped" and sae.n_base is not None:
                 f = [v if j < sae.n_base else 0.0 for j, v in enumerate(f)]
             return [v - old for v, old in zip(reconstruction(f, x, a, sae, w), y, strict=True)]
+        case Misdirect(amount, seed=seed, unit=unit):
+            drawn = random.Random(seed)
+            u = [drawn.random() for _ in y]
+            norm = math.sqrt(sum(v * v for v in y)) if unit == "norm" else 1.0
+            return [amount * norm * v / math.sqrt(sum(w * w for w in u)) - old for v, old in zip(u, y, strict=True)]
+        case Project(strength):
+            return [-strength * v for v in projected(y, [w["W_dec"][latent] for latent in rule.latents])]
         case Reweight():
             after = reweighted(preactivations(read, sae, w), rule, sae, w)
             return [a * v for v in combined([new - old for new, old in zip(after, f, strict=True)], w, len(y))]
     raise AssertionError(rule.op)
+
+
+def projected(y: Sequence[float], rows: Sequence[Sequence[float]]) -> list[float]:
+    """The point nearest to y in the span of the rows: of each the part that is orthogonal to those before, in turn."""
+    dot = lambda a, b: sum(v * w for v, w in zip(a, b, strict=True))
+    found, kept = [0.0] * len(y), []
+    for row in rows:
+        rest = list(row)
+        for other in kept * 2:
+            share = dot(rest, other)
+            rest = [v - share * w for v, w in zip(rest, other, strict=True)]
+        if math.sqrt(dot(rest, rest)) > 1e-6 * math.sqrt(dot(row, row)):
+            kept.append([v / math.sqrt(dot(rest, rest)) for v in rest])
+            found = [v + dot(y, kept[-1]) * w for v, w in zip(found, kept[-1], strict=True)]
+    return found
 
 
 def reweighted(pre: Sequence[float], rule: Rule, sae: SAE, w: Mapping[str, Any]) -> list[float]:
@@ -248,6 +293,10 @@ def change(op: Any, place: int, f: float, unit: Mapping[str, float]) -> float:
             return max(f, amount(value))
         case AtMost(value):
             return min(f, amount(value))
+        case ClampAbove(value, above=above):
+            return amount(value) if f > amount(above) else f
+        case Reduce(value):
+            return f - min(f, amount(value)) if f > 0 else f
     raise AssertionError(op)
 
 

@@ -25,6 +25,7 @@ from saeguard import (
     Clamp,
     Layout,
     Plan,
+    Reduce,
     Reweight,
     Rule,
     Scale,
@@ -51,7 +52,9 @@ from saeguard.loaders.convert import convert
 from saeguard.loaders.native import save_sae
 from saeguard.models import find_demo, verify_sha256
 from saeguard.plans import MAX_BYTES
+from saeguard.scoring.kl_strength import kl_strength
 from saeguard.scoring.table import ScoreTable
+from saeguard.scoring.texts import Texts
 from saeguard.training.corpus import read_corpus
 from tests import laws, policies
 from tests.counts import cases
@@ -320,6 +323,7 @@ CASES: dict[str, Case] = {
     "gate on a cache that it has not seen": (errors.GateFailed, "Begin with an empty cache inside the block", gate_on_a_filled_cache),
     "call that hangs": (errors.GuardTimeout, "find out what hangs", lambda _: Deadline(0.01).run(lambda: time.sleep(0.3))),
     "call around a guardrail": (errors.UnguardedCall, r"Call guard.generate", around_the_guardrail),
+    "strength out of reach": (errors.StrengthUnreachable, "Ask for another KL", lambda _: kl_strength(tiny_model(), word_tokenizer(), SAE, rule(1, op=Reduce(1.0)).rules[0], Texts.from_ids(IDS, special_ids=(1,)), kappa=1e6)),
     "threshold from too few rows": (errors.CalibrationRefused, "Give at least 299", lambda _: threshold([0.0, 1.0])),
     "audit log of another kind": (errors.AuditTampered, "start a new log under another name", foreign_log),
     "no training text": (errors.TrainError, "there is no document in them. Give .txt files", lambda folder: corpus(folder, "", SimpleNamespace(bos_token_id=1))),

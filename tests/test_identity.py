@@ -20,8 +20,12 @@ from saeguard import (
     AtLeast,
     AtMost,
     Clamp,
+    ClampAbove,
     Layout,
+    Misdirect,
     Plan,
+    Project,
+    Reduce,
     Reweight,
     Rule,
     Scale,
@@ -49,6 +53,9 @@ ZERO_EDITS = {
     "raise to what is below": {"op": AtLeast(0.0)},
     "raise to far below": {"op": AtLeast(-3.0, unit="max")},
     "lower to what is above": {"op": AtMost(3e38)},
+    "clamp above what is there": {"op": ClampAbove(9.0, above=3e38)},
+    "clamp above, each": {"op": ClampAbove((9.0, 8.0, 7.0), above=(3e38, 1e38, 2e38), unit="max")},
+    "reduce by nothing": {"op": Reduce(0.0)},
     "no latents": {"latents": (), "op": Clamp(9.0, when="always")},
     "no latents under a trigger": {"latents": (), "op": Ablate(), "trigger": AnyActive((0, 1, 2))},
     "trigger never fires": {"op": Clamp(9.0, when="always"), "trigger": NEVER},
@@ -67,6 +74,11 @@ DENSE_ZERO_EDITS = {
     "splice where a trigger never fires": SPLICE | {"trigger": NEVER},
     "splice no tokens": SPLICE | {"stop": 0},
     "weigh where a trigger never fires": {"op": Reweight(-2.0, mode="swap"), "trigger": NEVER},
+    "misdirect where a trigger never fires": {"latents": (), "op": Misdirect(20.0), "trigger": NEVER},
+    "misdirect no tokens": {"latents": (), "op": Misdirect(0.5, unit="norm"), "start": 99},
+    "project by nothing": {"op": Project(0.0)},
+    "project nobody": {"latents": (), "op": Project()},
+    "project where a trigger never fires": {"op": Project(), "trigger": NEVER},
     "weigh the first none": {"op": Reweight(-2.0, mode="weight", top_k=3), "first": 0},
 }
 
@@ -116,7 +128,7 @@ def test_edits_that_change_nothing_return_every_tensor_bit_for_bit(names, saes, 
 def test_dense_ops_that_change_nothing_return_every_tensor_bit_for_bit(name, saes, seed):
     """10,000 tensors in each dtype."""
     edits = DENSE_ZERO_EDITS[name]
-    saes = saes[:1] if isinstance(edits["op"], Splice) else saes  # two splices of one site are refused
+    saes = saes if isinstance(edits["op"], Reweight) else saes[:1]  # two that set the whole stream are refused
     plan = Plan(tuple(rule(sae, **edits) for sae in saes))
     stack = laws.Stack(D)
     streams = [numbers(dtype, seed + i) for i in range(TENSORS) for dtype in DTYPES]

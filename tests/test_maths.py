@@ -106,7 +106,8 @@ def batches(draw: Any, d_in: int, n_rules: int) -> tuple[torch.Tensor, TokenBatc
             position += real
         tokens.append(row)
     known = {name: torch.tensor([[t[name] for t in row] for row in tokens]) for name in tokens[0][0]}
-    batch = TokenBatch(known["real"], known["absolute"], known["special"], known["since"], column)
+    last = known["real"] & (known["since"] == -1)
+    batch = TokenBatch(known["real"], known["absolute"], known["special"], known["since"], column, last=last)
     covers = known["covers"][:, 0].view(rows, n_rules)
     return torch.tensor(x), batch, covers, tokens
 

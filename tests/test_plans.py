@@ -15,7 +15,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeguard import Ablate, Add, AnyActive, AtLeast, Clamp, Plan, Rule, SaeguardError, Scale, Site
+from saeguard import (
+    Ablate,
+    Add,
+    AnyActive,
+    AtLeast,
+    Clamp,
+    ClampAbove,
+    Misdirect,
+    Plan,
+    Project,
+    Reduce,
+    Rule,
+    SaeguardError,
+    Scale,
+    Site,
+)
 from saeguard.errors import BadPlanFile, BadRule, EmptyPlan, SiteNotFound, UnknownOp, UnknownSchema
 from saeguard.plans import MAX_BYTES, MAX_DEPTH, parse_json
 from tests import laws, tiny
@@ -35,6 +50,10 @@ EXAMPLE = Plan(
         Rule("a", (3, 1), Clamp((2.0, -0.5), when="active", unit="max"), site=Site("resid_post", 12), priority=2),
         Rule("a", (7,), Add(1e-9, unit="norm"), trigger=AnyActive((3, 4), 0.25), phase="generated", first=5, stop=9),
         Rule("b", (), Ablate(), start=1, special=True),
+        Rule("c", (1,), ClampAbove(-3.0, above=(0.5,), unit="norm"), phase="last"),
+        Rule("c", (2, 4), Reduce((1.0, 0.0)), phase="newest", first=3),
+        Rule("c", (), Misdirect(0.5, seed=3, unit="norm"), trigger=AnyActive((9,))),
+        Rule("d", (5, 6), Project(0.25)),
     ),
     "naïve \u2028 name",
 )

@@ -107,7 +107,8 @@ def test_every_kind_of_evidence_pool_and_op_is_among_the_random_ones():
     assert set(made.GATES) == set(gates.GATES)
     assert set(made.EVIDENCE) == set(gates.EVIDENCE)
     assert set(made.POOLS) == set(gates.POOLS)
-    assert set(OPS | DENSE_OPS) == {"clamp", "scale", "add", "ablate", "at_least", "at_most", "splice", "reweight"}
+    assert set(OPS) == {"clamp", "clamp_above", "scale", "add", "reduce", "ablate", "at_least", "at_most"}
+    assert set(DENSE_OPS) == {"splice", "reweight", "misdirect", "project"}
 
 
 @pytest.mark.usefixtures("without_type_checks")

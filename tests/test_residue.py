@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from saeguard import Plan, Reweight, Rule, Splice, capture, steer
+from saeguard import Misdirect, Plan, Project, Reweight, Rule, Splice, capture, steer
 from saeguard.errors import GuardNotApplied, OverlappingRules, PlanNeverRan
 from tests.counts import cases
 from tests.tiny import fresh_model, prompt, tiny_sae
@@ -27,6 +27,7 @@ KINDS = ("pre", "pre_kwargs", "forward", "forward_kwargs", "prepend", "always")
 DENSE = (
     Rule("tiny", (), Splice(), special=True), Rule("tiny", (1, 2), Reweight(2.0, mode="swap", others=1.0)),
     Rule("tiny", (3,), Reweight(0.0, mode="weight", others=1.0), phase="all", first=3),
+    Rule("tiny", (), Misdirect(0.5, unit="norm"), special=True), Rule("tiny", (5, 6), Project(), start=1),
 )  # fmt: skip
 steers = st.tuples(st.just("steer"), st.integers(0, 11 + len(DENSE)))
 captures = st.tuples(st.just("capture"), st.sampled_from(["resid_post.0", "resid_pre.1", "mlp_out.2"]))

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from saeguard import SAE, Add, AnyActive, Clamp, Plan, Rule, Scale, Site, Splice, capture, steer
+from saeguard import SAE, Add, AnyActive, Clamp, Misdirect, Plan, Project, Rule, Scale, Site, Splice, capture, steer
 from saeguard.errors import GuardNotApplied, OverlappingRules, SiteNotFound, WidthMismatch
 from tests import laws, tiny, traces
 from tests.counts import cases
@@ -70,10 +70,11 @@ def difference(rule: Rule, f: Tensor, y: Tensor, sae: SAE) -> Tensor:
     """f' - f of the rule's latents at every token that is not BOS, padding or outside of its positions."""
     latents, op = list(rule.latents), rule.op.lower()
     units = {"activation": 1.0, "max": sae.maximum[latents].double(), "norm": y.double().norm(dim=-1, keepdim=True)}
-    shift, lo, hi = (torch.as_tensor(amount).double() * units[op.unit] for amount in (op.shift, op.lo, op.hi))
+    amounts = (op.shift, op.floor, op.lo, op.hi)
+    shift, floor, lo, hi = (torch.as_tensor(amount).double() * units[op.unit] for amount in amounts)
     mine = f[..., latents]
     moved = (torch.as_tensor(op.scale).double() * mine + shift).maximum(lo).minimum(hi)
-    return torch.where(chosen(rule, f)[..., None] & (mine > op.floor), moved - mine, 0.0)
+    return torch.where(chosen(rule, f)[..., None] & (mine > floor), moved - mine, 0.0)
 
 
 def chosen(rule: Rule, f: Tensor) -> Tensor:
@@ -91,6 +92,12 @@ def movement(rule: Rule, x: Tensor, f: Tensor, y: Tensor, sae: SAE) -> Tensor:
         x_hat = f @ sae.W_dec.double() + sae.b_dec.double()
         x_hat = x_hat if sae.skip is None else x_hat + x.double() @ sae.skip.double()
         moved = x_hat - y.double() if rule.op.error == "dropped" else torch.zeros_like(x_hat)
+    elif isinstance(rule.op, Misdirect):
+        length = rule.op.amount * (y.double().norm(dim=-1, keepdim=True) if rule.op.unit == "norm" else 1.0)
+        moved = length * torch.tensor(rule.op.direction(y.shape[-1]), dtype=torch.float64) - y.double()
+    elif isinstance(rule.op, Project):
+        rows = sae.W_dec.double()[list(rule.latents)]
+        moved = -rule.op.strength * y.double() @ torch.linalg.pinv(rows) @ rows
     else:
         after = activations(x, laws.weighted(rule, sae))
         after = torch.where(after == 0, 0.0, preactivations(x, sae)) if rule.op.mode == "swap" else after

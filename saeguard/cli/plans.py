@@ -1,4 +1,4 @@
-"""``saeguard plan``: read a plan file, say what it does, and give its canonical text and fingerprint."""
+"""``saeguard plan``: read a plan file, say what it does, give its canonical text and fingerprint, set its strength."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from saeguard.cli.console import Json, out, table, write_json
+from saeguard.cli.console import Json, check_target, out, table, write_json
+from saeguard.cli.reading import DEMO, Model, Seed
+from saeguard.cli.strengths import Asked, origin_of, strengthened
+from saeguard.cli.training import progress_bars
 
 SHOWN = 12
 """Latents of a rule that are written out."""
@@ -18,16 +21,33 @@ def plan(
     bind: Annotated[
         bool, typer.Option("--bind", help="Also load its SAEs and check latents, maxima and sites.")
     ] = False,
+    kl: Annotated[
+        float | None, typer.Option(help="Scale each rule's amounts until its edits move predictions by so many nats.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="For --kl: text files to edit; repeatable.")] = None,
+    model: Model = DEMO,
+    tokens: Annotated[int, typer.Option(min=1, help="For --kl: tokens of the text at most.")] = 2_000,
+    seed: Seed = 0,
+    target: Annotated[Path | None, typer.Option("--out", help="For --kl: where the new plan goes.")] = None,
     as_json: Json = False,
 ) -> None:
     """Check a plan file and show its rules, its canonical text's length and its fingerprint.
 
     Two plans with one fingerprint do the same; names and the order of rules do not count. Exit status 2 when the file
-    is not a plan.
+    is not a plan. With --kl the amounts are calibrated: saeguard plan p.json --kl 0.1 --text bio.jsonl --out new.json
     """
     from saeguard.plans import Plan
 
+    for option, given in (("--text", text), ("--out", target)):
+        if given is not None and kl is None:
+            raise typer.BadParameter(f"{option} needs --kl")
+    if kl is not None and not text:
+        raise typer.BadParameter("--kl needs --text: predictions are moved on some text")
     found = Plan.load(file)
+    if kl is not None:
+        check_target(target)
+        _set_strength(found, Asked(kl, text or [], model, tokens, seed), target, as_json=as_json)
+        return
     if bind:
         _check(found)
     if canonical:
@@ -49,6 +69,25 @@ def _check(found: Any) -> None:
     rules = bind([found], saes, every_row=True)
     for site in dict.fromkeys(bound.site for bound in rules):
         Editor(site, rules, saes, device=torch.device("cpu"))
+
+
+def _set_strength(plan: Any, asked: Asked, target: Path | None, *, as_json: bool) -> None:
+    with progress_bars(shown=not as_json) as tell:
+        new, found = strengthened(plan, asked, tell)
+    document = {"plan": json.loads(new.to_json()), "strength": [one.figures() for one in found]}
+    if target is not None:
+        new.save(target)
+        origin_of(target).write_text(json.dumps({"of": plan.fingerprint()} | document) + "\n", encoding="utf-8")
+    if as_json:
+        write_json(document)
+        return
+    named = [(one.rule.op, f"{one.rule.sae}: {_some(one.rule)}") for one in found]
+    figures = [(f"{one.factor:.4g}", f"{one.kl:.4g}", one.edited, one.tokens) for one in found]
+    rows = [(*name, *numbers) for name, numbers in zip(named, figures, strict=True)]
+    heads = ("op", "latents", "times", "KL in nats", "edited", "of tokens")
+    out().print(table(f"Strength at {asked.kl:g} nats", heads, rows, right=(2, 3, 4, 5)))
+    if target is not None:
+        out().print(f"Wrote {target} and {origin_of(target)}", style="dim")
 
 
 def _some(rule: Any) -> str:

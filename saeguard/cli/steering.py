@@ -33,6 +33,8 @@ class Phase(StrEnum):
     all = "all"
     prompt = "prompt"
     generated = "generated"
+    last = "last"
+    newest = "newest"
 
 
 def steer(

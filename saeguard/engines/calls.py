@@ -13,7 +13,7 @@ from saeguard.engines.base import Pass, Request
 from saeguard.errors import GuardNotApplied, RowsMismatch, TokensUnknown
 from saeguard.ledger import CallRecord
 from saeguard.sites import Site
-from saeguard.tokens import TokenBatch, is_special, read_mask
+from saeguard.tokens import TokenBatch, is_special, last_of_prompt, read_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +118,11 @@ def tokens_of(seen: Pass, participant: Participant, request: Request | None) -> 
     special = None
     if seen.ids is not None:
         special = is_special(seen.ids, participant.special_ids.to(seen.ids.device))
-    since = None
+    since, last = None, None
     if request is not None:
         columns = torch.arange(seen.column, seen.column + seen.width, device=seen.device)
         since = (columns - request.prompt_columns).expand(seen.rows, seen.width)
+        last = last_of_prompt(real, seen.column, request.prompt_columns)
     elif participant.prompt_tokens is not None:
         given = participant.prompt_tokens
         if isinstance(given, tuple) and len(given) != seen.rows:
@@ -132,4 +133,5 @@ def tokens_of(seen: Pass, participant: Participant, request: Request | None) -> 
             )
         lengths = torch.tensor(given, device=seen.device).view(-1, 1)
         since = absolute - lengths
-    return TokenBatch(real, absolute, special, since, seen.column, seen.ids)
+        last = real & (since == -1)
+    return TokenBatch(real, absolute, special, since, seen.column, seen.ids, last)

@@ -106,8 +106,7 @@ def _numbers(sae: SAE, rules: Sequence[Rule], place: Mapping[int, int]) -> dict[
         lowered, k = rule.lowered, len(rule.latents)
         unit = [1.0] * k if lowered.unit != "max" else _maxima(sae, rule, place)
         numbers["scale"] += _spread(lowered.scale, k)
-        numbers["floor"] += [lowered.floor] * k
-        for name in ("shift", "lo", "hi"):
+        for name in ("shift", "floor", "lo", "hi"):
             numbers[name] += [a * b for a, b in zip(_spread(getattr(lowered, name), k), unit, strict=True)]
     return {name: torch.tensor(values, dtype=torch.float32) for name, values in numbers.items()}
 

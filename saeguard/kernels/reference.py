@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Float
 
 from saeguard.axes import Fired, Stream
-from saeguard.dense import Reweight, Splice
+from saeguard.dense import Misdirect, Project, Reweight, Splice
 from saeguard.kernels.dense_parts import DensePart
 from saeguard.kernels.parts import TINY, Part
+from saeguard.kernels.stream_parts import SAME, StreamPart
+from saeguard.plans import Rule
 from saeguard.sae import SAE
 
 
@@ -60,6 +62,44 @@ def _dense_change(x: torch.Tensor, y: torch.Tensor, f: torch.Tensor, part: Dense
     if sae.norm in ("center", "layer_norm") and not sae.is_transcoder:
         x_hat = x_hat + x.mean()
     return x_hat - y if sae.skip is None else x_hat + x @ sae.skip.double() - y
+
+
+def edit_stream(
+    x: Stream, y: Float[torch.Tensor, "batch pos d_out"], part: StreamPart, selected: Fired
+) -> tuple[Float[torch.Tensor, "batch pos d_out"], Fired, Float[torch.Tensor, "batch pos rules"]]:
+    """The dense ops that need no activation; gives what `edit_dense` gives. See `stream.edit`."""
+    changes = torch.zeros(*selected.shape, y.shape[-1], dtype=torch.float64)
+    for row, token, number in selected.nonzero().tolist():
+        rule, out = part.rules[number], y[row, token].double()
+        f = _encode(_read(x[row, token].double(), part.sae)[0], part.sae)
+        held = dict(zip(part.sae.held or (), f.tolist(), strict=True))
+        if rule.trigger is None or any(held[latent] > rule.trigger.threshold for latent in rule.trigger.latents):
+            changes[row, token, number] = _stream_change(out, part.sae, rule)
+    norm = (changes**2).sum(-1).sqrt()
+    return changes.sum(2).float(), (changes != 0).any(-1), norm.float()
+
+
+def _stream_change(y: torch.Tensor, sae: SAE, rule: Rule) -> torch.Tensor:
+    op = rule.op
+    if isinstance(op, Misdirect):
+        length = op.amount * (float(y.norm()) if op.unit == "norm" else 1.0)
+        return length * y.new_tensor(op.direction(len(y))) - y
+    if not isinstance(op, Project):
+        return y * 0
+    # what is nearest to y among the sums of the rows, one latent after the other made orthogonal to those before it
+    taken = y * 0
+    kept: list[torch.Tensor] = []
+    held = list(sae.held or ())
+    for latent in rule.latents:
+        row = sae.W_dec[held.index(latent)].double()
+        rest = row / row.norm().clamp_min(TINY)
+        for _ in range(2):  # twice, because once leaves what rounding left
+            for other in kept:
+                rest = rest - (rest @ other) * other
+        if float(rest.norm()) > SAME:
+            kept.append(rest / rest.norm())
+            taken = taken + (y @ kept[-1]) * kept[-1]
+    return -op.strength * taken
 
 
 def _reweighted(read: torch.Tensor, op: Reweight, weights: torch.Tensor, sae: SAE) -> torch.Tensor:
@@ -165,11 +205,11 @@ def _pursue(x: torch.Tensor, n: int, sae: SAE) -> list[float]:
 
 
 def _change(y: torch.Tensor, f: torch.Tensor, part: Part, column: int) -> torch.Tensor:
-    if f <= part.floor[column]:
-        return f * 0
     unit = 1.0
     if part.by_norm is not None and part.by_norm[column]:
         unit = max(float(torch.linalg.vector_norm(y)), TINY)
+    if f <= float(part.floor[column]) * unit:
+        return f * 0
     scale, shift, lo, hi = (float(t[column]) for t in (part.scale, part.shift, part.lo, part.hi))
     if (scale, lo, hi) == (1.0, -float("inf"), float("inf")):
         return torch.tensor(shift * unit, dtype=torch.float64)

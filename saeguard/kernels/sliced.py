@@ -35,14 +35,20 @@ def edit(
 
 
 def _change(y: torch.Tensor, f: torch.Tensor | None, part: Part) -> torch.Tensor:
-    shift, lo, hi = part.shift, part.lo, part.hi
+    shift, floor, lo, hi = part.shift, part.floor, part.lo, part.hi
     if part.by_norm is not None:
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(TINY)
         unit = torch.where(part.by_norm, norm, 1.0)
-        shift, lo, hi = shift * unit, lo * unit, hi * unit
+        shift, floor, lo, hi = (_times(amount, unit) for amount in (shift, floor, lo, hi))
     if f is None:
         return shift
     f = f[..., part.source]
     change = ((part.scale - 1.0) * f + shift).clamp(lo - f, hi - f)
     # "not <=" rather than ">": a NaN activation goes on to the output and is refused there, instead of passing unedited
-    return torch.where(f <= part.floor, 0.0, change)
+    return torch.where(f <= floor, 0.0, change)
+
+
+def _times(amount: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """In activation units. Bounds that are none stay out of the product, whose gradient would be 0 * inf."""
+    none = amount.isinf()
+    return torch.where(none, amount, amount.masked_fill(none, 0.0) * unit)
