@@ -32,6 +32,7 @@ from saeguard.gates import (
     Watch,
     Window,
     Words,
+    WordsCusum,
 )
 from saeguard.gates.pooled import Pooling
 from tests import slow_gates
@@ -104,14 +105,23 @@ def words(draw: Any) -> Words:
 
 
 @st.composite
+def words_cusum(draw: Any) -> WordsCusum:
+    one = draw(words())
+    pair_weights = tuple(abs(weight) for weight in one.pair_weights)
+    return WordsCusum(one.tokens, one.weights, one.pairs, pair_weights, draw(eighths), one.threshold)
+
+
+@st.composite
 def blends(draw: Any) -> Blend:
-    parts = tuple(draw(st.lists(watches() | words(), min_size=1, max_size=3)))
+    parts = tuple(draw(st.lists(watches() | words() | words_cusum(), min_size=1, max_size=3)))
     return Blend(parts, tuple(draw(eighths) for _ in parts), draw(off_grid))
 
 
 def gates() -> st.SearchStrategy[Gate]:
     """Any gate, up to a few levels of gates in gates."""
-    leaves = st.one_of(watches(), watches(), watches(), words(), blends(), pooled_heads(), cosines(), st.just(Always()))
+    leaves = st.one_of(
+        watches(), watches(), watches(), words(), words_cusum(), blends(), pooled_heads(), cosines(), st.just(Always())
+    )  # fmt: skip
     return st.recursive(
         leaves,
         lambda inner: st.one_of(

@@ -29,6 +29,7 @@ from saeguard.gates import (
     Watch,
     Window,
     Words,
+    WordsCusum,
 )  # fmt: skip
 from saeguard.guarding.pins import ModelPin, SAEPin
 from saeguard.guarding.policy import Policy
@@ -127,8 +128,16 @@ def _words(draw: Any) -> Words:
 
 
 @st.composite
+def _words_cusum(draw: Any) -> WordsCusum:
+    one = draw(_words())
+    return WordsCusum(
+        one.tokens, one.weights, one.pairs, tuple(map(abs, one.pair_weights)), draw(NUMBERS), one.threshold
+    )
+
+
+@st.composite
 def _blends(draw: Any) -> Blend:
-    parts = tuple(draw(st.lists(LEAVES["watch"] | LEAVES["words"], min_size=1, max_size=2)))
+    parts = tuple(draw(st.lists(LEAVES["watch"] | LEAVES["words"] | LEAVES["words_cusum"], min_size=1, max_size=2)))
     return Blend(parts, tuple(draw(NUMBERS) for _ in parts), draw(NUMBERS))
 
 
@@ -141,7 +150,7 @@ POOLS = {
 LEAVES = {
     "always": st.just(Always()), "cosine": _cosines(), "pooled_head": _heads(),
     "watch": st.builds(Watch, st.one_of(*EVIDENCE.values()), st.one_of(*POOLS.values()), NUMBERS),
-    "words": _words(), "blend": _blends(),
+    "words": _words(), "words_cusum": _words_cusum(), "blend": _blends(),
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from saeguard.gates import (
     Watch,
     Window,
     Words,
+    WordsCusum,
 )
 
 NONE = -math.inf
@@ -69,6 +70,8 @@ def say(gate: Any, leaves: Sequence[Sequence[Token]]) -> Said:
             return _above(_cosine(gate, leaves[0]), gate.threshold)
         case Words():
             return _above(_words(gate, leaves[0]), gate.threshold)
+        case WordsCusum():
+            return _above(_words_cusum(gate, leaves[0]), gate.threshold)
         case Blend():
             several = [say(one, mine) for one, mine in zip(gate.gates, _shared(gate.gates, leaves), strict=True)]
             known = all(one.score != NONE for one in several)
@@ -174,6 +177,18 @@ def _words(gate: Words, row: Sequence[Token]) -> float:
     ][-gate.last :]
     q, e = (sum(one[part] + two[part] for one, two in found) for part in (0, 1))
     return q / math.sqrt(max(e, gate.floor))
+
+
+def _words_cusum(gate: WordsCusum, row: Sequence[Token]) -> float:
+    """The largest sum of a run that ends at the last counted token, the empty run included."""
+    ids = [token.id for token in row if token.counts]
+    if not ids:
+        return NONE
+    single = dict(zip(gate.tokens, gate.weights, strict=True))
+    double = dict(zip(zip(gate.pairs[::2], gate.pairs[1::2], strict=True), gate.pair_weights, strict=True))
+    e = [single.get(token, 0.0) + (double.get((ids[place - 1], token), 0.0) if place else 0.0) - gate.drift
+         for place, token in enumerate(ids)]  # fmt: skip
+    return max(sum(e[start:]) for start in range(len(e) + 1))
 
 
 def _cosine(gate: Cosine, row: Sequence[Token]) -> float:

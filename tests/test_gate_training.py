@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from saeguard import Add, Plan, Rule, steer
 from saeguard.errors import MissingBOS, TrainError
 from saeguard.gates import Seen
-from saeguard.training.gate_fit import GateConfig, Sentence, _paths, fit_gate
+from saeguard.training.gate_fit import GateConfig, Sentence, _paths, fit_gate, fit_words_gate
 from saeguard.training.gate_head import Bags, HeadConfig, Heads, Pooling, fit_heads, segments
 from saeguard.training.gate_latents import TokenLatents, gather_latents
+from saeguard.training.gate_piled import PiledConfig, fit_piled
 from saeguard.training.gate_rows import GateRow, Question, folds_of, passage_rows, question_rows, read_questions
 from saeguard.training.gate_words import SPAN, WordsConfig, fit_table, in_most, sentences
 from saeguard.training.sparse_rows import SparseRows
@@ -21,7 +22,7 @@ from tests import tiny, words
 from tests.counts import cases
 
 PLANTED, OTHERS = range(5, 11), range(20, 60)
-CONFIG = GateConfig(head=HeadConfig(k=2, steps=40, lr=0.05), words=WordsConfig(most=200), folds=2, window=6, last=8)
+CONFIG = GateConfig(head=HeadConfig(k=2, steps=40, lr=0.05), words=WordsConfig(most=200), folds=2, window=6)
 
 
 def text_about(topic: str, draw: random.Random, length: int = 12) -> str:
@@ -176,8 +177,8 @@ def test_gate_finds_the_planted_topic_in_rows_that_its_head_has_not_seen(gathere
     labels = torch.tensor([row.topic == "planted" for row in gathered[0]])
 
     assert area(fitted.scores, labels) > 0.97
-    assert area(fitted.words, labels) > 0.97
-    assert area(fitted.latents, labels) > 0.7
+    assert area(fitted.parts["words"], labels) > 0.97
+    assert area(fitted.parts["latents"], labels) > 0.7
 
 
 def test_gate_of_shuffled_labels_finds_nothing(gathered):
@@ -382,3 +383,35 @@ def test_gate_is_small_enough_to_send(fitted):
 
     assert gate_from_dict(json.loads(text)) == fitted.gate
     assert len(text) < 40 * (48 + 200)
+
+
+def test_words_alone_find_a_planted_topic_out_of_fold_and_without_a_model():
+    rows = rows_of()
+
+    fitted, again = (
+        fit_words_gate(rows, sentences_of(), "planted", special=(0, 1, 2), config=CONFIG) for _ in range(2)
+    )
+
+    assert area(fitted.scores, torch.tensor([row.topic == "planted" for row in rows])) > 0.97
+    assert (again.gate, again.scores.tolist()) == (fitted.gate, fitted.scores.tolist())
+    assert min(fitted.gate.pair_weights, default=0.0) >= 0
+
+
+def test_table_of_runs_leaves_out_pairs_behind_a_format_and_scores_the_best_run_of_a_long_text():
+    draw = random.Random(0)
+    noise = lambda n: [draw.choice(OTHERS) for _ in range(n)]
+    texts = [[*noise(90), *([5, 6, 7] if i % 2 else noise(3)), *noise(20)] for i in range(80)]
+    labels = [bool(i % 2) for i in range(80)]
+    table = fit_table(texts, labels, [1.0] * 80, texts, labels, [1.0] * 80, [0, 1] * 40, WordsConfig(least=2))
+
+    piled = fit_piled(table, texts, labels, [1.0] * 80, [-1] * 80, formats=(6,), config=PiledConfig(epochs=8, batch=16))
+
+    gate = piled.gate()
+    firsts = set(gate.pairs[::2])
+    assert 6 not in firsts
+    assert 5 in firsts
+    weight = dict(zip(gate.tokens, gate.weights, strict=True))
+    assert min(weight[5], weight[6]) > max(value for token, value in weight.items() if token >= 20)
+    doubled = piled.gate(scale=2.0)
+    assert doubled.weights == pytest.approx([2 * value for value in gate.weights], rel=1e-3, abs=1e-3)
+    assert doubled.drift == pytest.approx(2 * gate.drift, rel=1e-3)

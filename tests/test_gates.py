@@ -40,13 +40,14 @@ from saeguard.gates import (
     Watch,
     Window,
     Words,
+    WordsCusum,
     token_rate,
 )
 from saeguard.gates.checks import MOST
 from saeguard.gates.written import DEEPEST
 from saeguard.plans import MAX_BYTES
 from tests.counts import cases
-from tests.gate_cases import D, Rows, gates, rows_for, slowly, step
+from tests.gate_cases import VOCAB, D, Rows, gates, rows_for, slowly, step, words_cusum
 
 CPU = torch.device("cpu")
 NONE = -math.inf
@@ -331,8 +332,9 @@ def test_gates_that_nest_as_deep_as_they_may_come_back_from_a_plan_file():
         plan_with(And((gate,)))
 
 
-def test_words_are_refused_where_token_ids_are_unknown():
-    gate, counts = Words((5,), (1.0,), (1.0,)), torch.ones(1, 2, dtype=torch.bool)
+@pytest.mark.parametrize("gate", [Words((5,), (1.0,), (1.0,)), WordsCusum((5,), (1.0,))], ids=["words", "piled"])
+def test_words_are_refused_where_token_ids_are_unknown(gate):
+    counts = torch.ones(1, 2, dtype=torch.bool)
     seen = Seen(torch.zeros(1, 2, 0), torch.zeros(1, 2, 0), counts, None, None)
 
     with pytest.raises(TokensUnknown, match="a gate on words"):
@@ -349,6 +351,25 @@ def test_pair_reaches_over_what_does_not_count_and_over_the_end_of_a_pass():
 
     assert gate.step(gate.begin(1, CPU), [seen])[1].score.tolist() == [[0.0, 0.0, 2.0]]
     assert (first.score.tolist(), second.score.tolist()) == ([[0.0, 0.0]], [[2.0]])
+
+
+TOKENS = st.integers(0, VOCAB - 1)
+
+
+@given(gate=words_cusum(), front=st.lists(TOKENS, max_size=12), row=st.lists(TOKENS, min_size=2, max_size=12),
+       behind=st.lists(TOKENS, max_size=12))  # fmt: skip
+def test_no_text_around_a_row_takes_away_what_piled_words_say_of_it(gate, front, row, behind):
+    latched = Latched(gate)
+    ids = torch.tensor([[*front, *row, *behind]])
+    none, counts = torch.zeros(*ids.shape, 0), torch.ones_like(ids, dtype=torch.bool)
+    seen = Seen(none, none, counts, None, None, ids)
+
+    alone = latched.step(latched.begin(1, CPU), [seen[len(front) : len(front) + len(row)]])[1]
+    inside = latched.step(latched.begin(1, CPU), [seen])[1]
+
+    own = inside.score[0, len(front) : len(front) + len(row)]
+    assert bool((own >= alone.score[0] - 1e-9).all())
+    assert bool(inside.opened[0, -1]) or not bool(alone.opened[0, -1])
 
 
 def test_large_table_of_words_is_written_and_read_again_within_the_limits_of_a_plan():
@@ -373,6 +394,7 @@ def test_plans_that_differ_in_a_gate_differ_in_their_fingerprint():
 WATCH: dict[str, Any] = json.loads(plan_with(token_rate((1, 2), 0.5)).to_json())["rules"][0]["gate"]
 HITS: dict[str, Any] = WATCH["evidence"]
 HEAD = {"kind": "pooled_head", "latents": [1], "pooling": ["max"], "weights": [1.0], "bias": 0.0}
+PILED = {"kind": "words_cusum", "tokens": [5], "weights": [1.0]}
 TABLE = {"kind": "words", "tokens": [5], "weights": [1.0], "squares": [1.0]}
 HOSTILE: dict[str, tuple[Any, type[SaeguardError]]] = {
     "a list": ([WATCH], UnknownOp),
@@ -427,6 +449,9 @@ HOSTILE: dict[str, tuple[Any, type[SaeguardError]]] = {
     ),
     "fewer tokens than k": (WATCH | {"pool": {"kind": "top_k_mean", "k": 3, "width": 2}}, BadRule),
     "floor as a string": (WATCH | {"pool": {"kind": "top_k_mean", "k": 1, "floor": "0"}}, BadRule),
+    "pair that takes away": (PILED | {"pairs": [5, 6], "pair_weights": [-0.1]}, BadRule),
+    "piled words without a weight": (PILED | {"weights": []}, BadRule),
+    "pair that is twice there": (PILED | {"pairs": [5, 6, 5, 6], "pair_weights": [1.0, 1.0]}, BadRule),
     "words without a weight": (TABLE | {"weights": []}, BadRule),
     "word twice": (TABLE | {"tokens": [5, 5], "weights": [1.0, 1.0], "squares": [1.0, 1.0]}, BadRule),
     "word that is no id": (TABLE | {"tokens": [-1]}, BadRule),

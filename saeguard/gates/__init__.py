@@ -15,10 +15,11 @@ from saeguard.gates.pooled import PooledHead
 from saeguard.gates.pools import Count, Cusum, Peak, Pool, Rate, TopKMean, Window
 from saeguard.gates.watch import Always, Watch, token_rate
 from saeguard.gates.words import Words
+from saeguard.gates.words_cusum import WordsCusum
 
 GATES = {
     "always": Always, "watch": Watch, "pooled_head": PooledHead, "cosine": Cosine, "and": And, "or": Or, "not": Not,
-    "latched": Latched, "words": Words, "blend": Blend,
+    "latched": Latched, "words": Words, "words_cusum": WordsCusum, "blend": Blend,
 }  # fmt: skip
 """Names of the gates in a plan file; evidence and pools stand in the same place."""
 EVIDENCE = {"hits": Hits, "log_odds": LogOdds, "probe": Probe}
@@ -27,5 +28,5 @@ POOLS = {"rate": Rate, "window": Window, "cusum": Cusum, "count": Count, "peak":
 __all__ = [
     "EVIDENCE", "GATES", "POOLS", "Always", "And", "Blend", "Cosine", "Count", "Cusum", "Evidence", "Gate", "Hits",
     "Latched", "Leaf", "LogOdds", "Not", "Or", "Peak", "Pool", "PooledHead", "Probe", "Rate", "Seen", "State",
-    "TopKMean", "Verdict", "Watch", "Window", "Words", "token_rate",
+    "TopKMean", "Verdict", "Watch", "Window", "Words", "WordsCusum", "token_rate",
 ]  # fmt: skip

@@ -16,21 +16,26 @@ from saeguard.gates.base import Leaf, Seen, State, Verdict
 from saeguard.gates.checks import as_weights, one_number
 from saeguard.gates.watch import Watch
 from saeguard.gates.words import Words
+from saeguard.gates.words_cusum import WordsCusum
+
+PARTS = (Watch, Words, WordsCusum)
 
 
 @dataclass(frozen=True)
 class Blend:
-    """``gates`` are `Watch` or `Words` gates whose scores are summed; their own thresholds play no part."""
+    """``gates`` are those of `PARTS`, whose scores are summed; their own thresholds play no part."""
 
-    gates: tuple[Watch | Words, ...]
+    gates: tuple[Watch | Words | WordsCusum, ...]
     weights: tuple[float, ...]
     threshold: float
 
     def __post_init__(self):
         given: Any = self.gates
         gates = tuple(given) if isinstance(given, list | tuple) else (given,)
-        if not gates or not all(type(gate) in (Watch, Words) for gate in gates):
-            raise BadRule(f"Blend({given!r:.60})", "these are not Watch or Words gates", "Give one of them or more.")
+        if not gates or not all(type(gate) in PARTS for gate in gates):
+            raise BadRule(
+                f"Blend({given!r:.60})", "these are not Watch, Words or WordsCusum gates", "Give one of them or more."
+            )
         object.__setattr__(self, "gates", gates)
         object.__setattr__(self, "weights", as_weights("Blend", self.weights))
         object.__setattr__(self, "threshold", one_number("Blend threshold", self.threshold))

@@ -25,7 +25,7 @@ from saeguard.gates.evidence import Hits
 
 NONE = -1
 """Stands for the token before the first."""
-_SPAN = 1 << 31
+SPAN = 1 << 31
 """More than any token id."""
 
 
@@ -48,7 +48,7 @@ class Words:
 
     def __post_init__(self):
         for name in ("tokens", "pairs"):
-            object.__setattr__(self, name, _ids(name, getattr(self, name)))
+            object.__setattr__(self, name, as_ids(name, getattr(self, name)))
         for name in ("weights", "squares", "pair_weights", "pair_squares"):
             object.__setattr__(self, name, as_weights(f"Words {name}", getattr(self, name)))
         for name in ("floor", "threshold"):
@@ -64,9 +64,7 @@ class Words:
         if single != (n, n) or n_pairs % 2 or double != (n_pairs // 2, n_pairs // 2):
             found = f"{n} tokens have {single} of them, and {n_pairs} ids of pairs {double}"
             raise BadRule("Words", found, "Give two ids per pair, and one weight and one square for each.")
-        pairs = list(zip(self.pairs[::2], self.pairs[1::2], strict=True))
-        if len(set(self.tokens)) != n or len(set(pairs)) != len(pairs):
-            raise BadRule("Words", "a token or a pair is listed twice", "List each once.")
+        check_once("Words", self.tokens, self.pairs)
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -117,36 +115,34 @@ class Words:
 
     def _look(self, ids: Tensor, counts: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """q and e of every token, 0 where it does not count."""
-        previous, _ = counted_before(ids, counts, before)
-        q, e = self._singles.of(ids), self._doubles.of(torch.where(previous == NONE, -1, previous * _SPAN + ids))
+        q, e = self._singles.of(ids), self._doubles.of(pairs_at(ids, counts, before))
         return tuple(part.masked_fill(~counts, 0.0) for part in (q[0] + e[0], q[1] + e[1]))  # type: ignore[return-value]
 
     @cached_property
-    def _singles(self) -> "_Table":
-        return _Table.of_keys(list(self.tokens), self.weights, self.squares)
+    def _singles(self) -> "Table":
+        return Table.of_keys(list(self.tokens), self.weights, self.squares)
 
     @cached_property
-    def _doubles(self) -> "_Table":
-        keys = [first * _SPAN + second for first, second in zip(self.pairs[::2], self.pairs[1::2], strict=True)]
-        return _Table.of_keys(keys, self.pair_weights, self.pair_squares)
+    def _doubles(self) -> "Table":
+        return Table.of_keys(pair_keys(self.pairs), self.pair_weights, self.pair_squares)
 
 
 @dataclass(frozen=True, eq=False)
-class _Table:
-    """Keys in rising order, and two numbers of each."""
+class Table:
+    """Keys in rising order, and some numbers of each."""
 
     keys: Int[Tensor, " n"]
-    numbers: Float[Tensor, "two n"]
+    numbers: Float[Tensor, "number n"]
 
     @classmethod
-    def of_keys(cls, keys: list[int], weights: Sequence[float], squares: Sequence[float]) -> "_Table":
+    def of_keys(cls, keys: list[int], *numbers: Sequence[float]) -> "Table":
         ordered, order = torch.tensor(keys, dtype=torch.long).sort()
-        return cls(ordered, torch.tensor([weights, squares], dtype=torch.float64)[:, order])
+        return cls(ordered, torch.tensor(numbers, dtype=torch.float64)[:, order])
 
-    def of(self, wanted: Int[Tensor, "batch pos"]) -> Float[Tensor, "two batch pos"]:
+    def of(self, wanted: Int[Tensor, "batch pos"]) -> Float[Tensor, "number batch pos"]:
         """0 for keys that are not there."""
         if not len(self.keys):
-            return torch.zeros(2, *wanted.shape, dtype=torch.float64)
+            return torch.zeros(len(self.numbers), *wanted.shape, dtype=torch.float64)
         place = torch.searchsorted(self.keys, wanted.contiguous()).clamp_max(len(self.keys) - 1)
         return torch.where(self.keys[place] == wanted, self.numbers[:, place], 0.0)
 
@@ -162,9 +158,26 @@ def counted_before(
     return torch.cat([before[:, None], now], 1)[:, :-1], now
 
 
-def _ids(name: str, given: Any) -> tuple[int, ...]:
+def pairs_at(ids: Int[Tensor, "batch pos"], counts: Tensor, before: Int[Tensor, " batch"]) -> Int[Tensor, "batch pos"]:
+    """The key of the pair that ends at each token, -1 where there is no token before it."""
+    previous, _ = counted_before(ids, counts, before)
+    return torch.where(previous == NONE, -1, previous * SPAN + ids)
+
+
+def pair_keys(pairs: Sequence[int]) -> list[int]:
+    """One number for each two ids."""
+    return [first * SPAN + second for first, second in zip(pairs[::2], pairs[1::2], strict=True)]
+
+
+def check_once(what: str, tokens: Sequence[int], pairs: Sequence[int]) -> None:
+    """Raise `BadRule` where a token or a pair is listed twice."""
+    if len(set(tokens)) != len(tokens) or len(set(pair_keys(pairs))) != len(pairs) // 2:
+        raise BadRule(what, "a token or a pair is listed twice", "List each once.")
+
+
+def as_ids(name: str, given: Any) -> tuple[int, ...]:
     ids = tuple(given)
-    wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < _SPAN]
+    wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < SPAN]
     if wrong:
         raise BadRule(f"Words {name}", f"{wrong[0]!r:.40} is no token id", "Ids are integers from 0 on.")
     return ids

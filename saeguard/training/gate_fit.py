@@ -1,11 +1,14 @@
-"""A gate that opens on a topic, from the latents of its tokens and from its words, with a score for every row.
+"""A gate that opens on a topic, from its words or from them and the latents of its tokens, with a score for every row.
 
-    s_t = (mean of the k largest l of the last 16 tokens) / sd_l + beta (words of the last 24 tokens) / sd_w
+    words    s_t = the largest sum of q over a run of tokens that ends here                         (`gate_piled`)
+    both     s_t = (mean of the k largest l of the last 16 tokens) / sd_l + beta (words) / sd_w
 
-The two see different things: latents know what the words mean here, and the table of words has read far more text.
-``sd`` are the spreads of the rows' scores. The gate that is deployed has the mean of the heads of all folds; the
-scores of the rows, from which a threshold is chosen, come from the head of the fold that has not seen the row, by the
-very steps that a deployed gate takes.
+The two see different things: latents know what the words mean here, and the table of words has read far more text. But
+what latents say of a question changes with the text around it, and what piled words say does not. ``sd`` are the
+spreads of the rows' scores; ``beta`` is the largest of a few whose recall is within a hundredth of the best, where a
+hundredth of the other rows fires. The gate that is deployed has the mean of the heads of all folds; the scores of the
+rows, from which a threshold is chosen, come from the head of the fold that has not seen the row, by the very steps that
+a deployed gate takes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +19,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saeguard.errors import TrainError
-from saeguard.gates import Blend, LogOdds, Seen, TopKMean, Watch, Words
+from saeguard.gates import Blend, LogOdds, Seen, TopKMean, Watch, WordsCusum
 from saeguard.training.gate_head import HeadConfig, Heads, fit_heads, segments
 from saeguard.training.gate_latents import TokenLatents
+from saeguard.training.gate_piled import Piled, PiledConfig, fit_piled
 from saeguard.training.gate_rows import GateRow, folds_of
-from saeguard.training.gate_words import Table, WordsConfig, fit_table, in_most, rounded
+from saeguard.training.gate_words import SPAN, WordsConfig, fit_table, in_most, rounded
 
 QUESTION = 3.0
 """What a row counts for in the table of words, in sentences."""
@@ -36,13 +40,11 @@ class GateConfig:
 
     head: HeadConfig = HeadConfig()
     words: WordsConfig = WordsConfig()
+    piled: PiledConfig = PiledConfig()
     folds: int = 3
     window: int = 16
-    last: int = 24
-    beta: float = 1.5
+    betas: tuple[float, ...] = (0.5, 1.5, 5.0, 15.0, 50.0)
     segment: int = 64
-    smoothing: float = 16.0
-    """Tokens' worth of idf^2 that a score is at least divided by, so that a row's first words do not decide alone."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,11 @@ class Sentence:
 
 @dataclass(frozen=True, eq=False)
 class FittedGate:
-    """``gate`` has threshold 0; ``scores`` are each row's largest, out of fold, ``latents`` and ``words`` its parts."""
+    """``gate`` has threshold 0; ``scores`` are each row's largest, out of fold, ``parts`` those of its parts."""
 
-    gate: Blend
+    gate: Blend | WordsCusum
     scores: Float[Tensor, " row"]
-    latents: Float[Tensor, " row"]
-    words: Float[Tensor, " row"]
+    parts: Mapping[str, Float[Tensor, " row"]] = field(default_factory=dict)
     made: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -72,6 +73,7 @@ def fit_gate(
     *,
     special: Sequence[int],
     weights: Mapping[str, float] | None = None,
+    seed: int = 0,
     config: GateConfig = GateConfig(),
     progress: Progress | None = None,
 ) -> FittedGate:
@@ -91,19 +93,85 @@ def fit_gate(
     folds = folds_of(rows, config.folds)
     tell("the head on latents")
     heads = fit_heads(tokens, counts, segments(tokens.starts, config.segment), labels, weight, folds, config.head)
-    tell("the table of words")
-    odd = set(special)
-    plain = [[token for token in row.text if token not in odd] for row in rows]
-    formats = {row.form for row in rows} - {"passage"}
-    whole = {form: [[i for i in row.ids if i not in odd] for row in rows if row.form == form] for form in formats}
-    table = fit_table(
-        [one.ids for one in sentences], [one.topic == forget for one in sentences],
-        [float(given.get(one.topic, 1.0)) ** 0.5 for one in sentences],
-        plain, labels.tolist(), (QUESTION * weight.sqrt()).tolist(), folds, config.words,
-        without=sorted({key for several in whole.values() for key in in_most(several)}),
-    )  # fmt: skip
+    piled = _Texts.of(rows, sentences, forget, special, given).piled(folds, seed, config, tell)
     tell("scores out of fold")
-    return _joined(tokens, counts, folds, heads, table, config.smoothing * table.mean_square(plain), config)
+    return _joined(tokens, counts, folds, heads, piled, labels, config)
+
+
+def fit_words_gate(
+    rows: Sequence[GateRow],
+    sentences: Sequence[Sentence],
+    forget: str,
+    *,
+    special: Sequence[int],
+    weights: Mapping[str, float] | None = None,
+    seed: int = 0,
+    config: GateConfig = GateConfig(),
+    progress: Progress | None = None,
+) -> FittedGate:
+    """The same of words alone, for which no model has to run: a `WordsCusum`, which no text in front can close."""
+    tell, given = progress or (lambda stage: None), dict(weights or {})
+    _check(rows, sentences, forget, given, config)
+    folds = folds_of(rows, config.folds)
+    piled = _Texts.of(rows, sentences, forget, special, given).piled(folds, seed, config, tell)
+    tell("scores out of fold")
+    scores, odd = torch.zeros(len(rows)), torch.tensor(sorted(special))
+    for fold in range(config.folds):
+        gate, mine = piled.gate(fold), [number for number, of in enumerate(folds) if of == fold]
+        mine.sort(key=lambda number: len(rows[number].ids))
+        for start in range(0, len(mine), 256):
+            part = mine[start : start + 256]
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i].ids) for i in part], batch_first=True)
+            lengths = torch.tensor([len(rows[i].ids) for i in part])
+            counts = ~torch.isin(ids, odd) & (torch.arange(ids.shape[1]) < lengths[:, None])
+            none = torch.zeros(*ids.shape, 0)
+            _, verdict = gate.step(gate.begin(len(part), CPU), [Seen(none, none, counts, None, None, ids)])
+            scores[part] = verdict.score.amax(1).float()
+    gate = piled.gate()
+    return FittedGate(gate, scores, {"words": scores}, {"drift": gate.drift})
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """What words are learned from: token ids without special ones, labels and weights of sentences and of rows.
+
+    ``formats`` are keys of the n-grams that a format brings with it.
+    """
+
+    sentences: list[Sequence[int]]
+    sentence_labels: list[bool]
+    sentence_weights: list[float]
+    rows: list[list[int]]
+    row_labels: list[bool]
+    row_weights: list[float]
+    formats: list[int]
+
+    @classmethod
+    def of(cls, rows: Sequence[GateRow], sentences: Sequence[Sentence], forget: str, special: Sequence[int],
+           given: Mapping[str, float]) -> "_Texts":  # fmt: skip
+        odd, forms = set(special), {row.form for row in rows} - {"passage"}
+        root = lambda topic: float(given.get(topic, 1.0)) ** 0.5
+        whole = {form: [[i for i in row.ids if i not in odd] for row in rows if row.form == form] for form in forms}
+        return cls(
+            [one.ids for one in sentences], [one.topic == forget for one in sentences],
+            [root(one.topic) for one in sentences],
+            [[token for token in row.text if token not in odd] for row in rows],
+            [row.topic == forget for row in rows], [QUESTION * root(row.topic) for row in rows],
+            sorted({key for several in whole.values() for key in in_most(several)}),
+        )  # fmt: skip
+
+    def piled(self, folds: Sequence[int], seed: int, config: GateConfig, tell: Progress) -> Piled:
+        tell("the table of words")
+        table = fit_table(
+            self.sentences, self.sentence_labels, self.sentence_weights, self.rows, self.row_labels, self.row_weights,
+            folds, config.words, without=self.formats,
+        )  # fmt: skip
+        tell("runs of words")
+        return fit_piled(
+            table, [*self.sentences, *self.rows], [*self.sentence_labels, *self.row_labels],
+            [*self.sentence_weights, *self.row_weights], [*([-1] * len(self.sentences)), *folds],
+            formats=[key for key in self.formats if key < SPAN], seed=seed, config=config.piled,
+        )  # fmt: skip
 
 
 def _check(
@@ -131,24 +199,34 @@ def _check(
 
 
 def _joined(
-    tokens: TokenLatents, counts: Tensor, folds: Sequence[int], heads: Heads, table: Table, floor: float,
-    config: GateConfig,
+    tokens: TokenLatents, counts: Tensor, folds: Sequence[int], heads: Heads, piled: Piled,
+    labels: Bool[Tensor, " row"], config: GateConfig,
 ) -> FittedGate:  # fmt: skip
     """Both parts on one scale, and the gate of their sum."""
     fold = torch.tensor(list(folds))
     of_token = fold.repeat_interleave(tokens.starts.diff())
     log_odds = heads.log_odds(tokens).gather(1, of_token[:, None])[:, 0]
-    floor = max(floor, 1e-3)
     pool = TopKMean(config.head.k, width=config.window, floor=heads.floor)
-    gates = [table.words(number, last=config.last, floor=floor) for number in range(config.folds)]
+    gates = [piled.gate(number) for number in range(config.folds)]
     paths = list(_paths(tokens, counts, fold, log_odds, pool, gates))
     latents, words = (torch.stack([path[part].max() for path in paths]) for part in (0, 1))
     wide = tuple(max(1e-6, float(part.std())) for part in (latents, words))
-    scores = torch.stack([(a / wide[0] + config.beta * b / wide[1]).max() for a, b in paths])
+    by_beta = {b: torch.stack([(x / wide[0] + b * y / wide[1]).max() for x, y in paths]) for b in config.betas}
+    beta = _chosen(by_beta, labels)
+    scores = by_beta[beta]
     watch = _watch(heads, wide[0], config)
-    written = table.words(None, last=config.last, floor=floor, scale=config.beta / wide[1])
-    made = {"sd_latents": wide[0], "sd_words": wide[1], "beta": config.beta, "floor": floor}
-    return FittedGate(Blend((watch, written), (1.0, 1.0), 0.0), scores, latents, words, made)
+    written = piled.gate(scale=beta / wide[1])
+    made = {"sd_latents": wide[0], "sd_words": wide[1], "beta": beta, "drift": written.drift}
+    return FittedGate(Blend((watch, written), (1.0, 1.0), 0.0), scores, {"latents": latents, "words": words}, made)
+
+
+def _chosen(by_beta: Mapping[float, Tensor], labels: Bool[Tensor, " row"]) -> float:
+    """What words say survives the text around it, so the more of it the better, where it costs little."""
+    recall = {
+        beta: float((scores[labels] > torch.quantile(scores[~labels], 0.99, interpolation="higher")).double().mean())
+        for beta, scores in by_beta.items()
+    }
+    return max(beta for beta, found in recall.items() if found >= max(recall.values()) - 0.01)
 
 
 def _watch(heads: Heads, wide: float, config: GateConfig) -> Watch:
@@ -163,7 +241,7 @@ def _watch(heads: Heads, wide: float, config: GateConfig) -> Watch:
 
 def _paths(
     tokens: TokenLatents, counts: Bool[Tensor, " token"], fold: Tensor, log_odds: Tensor, pool: TopKMean,
-    gates: Sequence[Words],
+    gates: Sequence[WordsCusum],
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """Both scores at every counted token of each row; one row of no counted token is never open."""
     found: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(fold)

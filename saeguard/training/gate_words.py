@@ -4,7 +4,8 @@
     idf_g = log(rows / (1 + rows with g)) + 1
     loss  = |w|^2 / 2 + C sum over rows of weight * BCE(w . x + b, label)
 
-so that what a deployed gate sums, q_g = w_g idf_g and its square root of summed idf^2, is the score that was trained.
+so that q_g = w_g idf_g over the root of the summed idf^2, which is what a `Words` gate sums, is the score that was
+trained.
 The n-grams are chosen on the sentences alone: the largest |q_g| of a first fit. Then one table per fold is fitted on
 the sentences and the questions of the other folds. N-grams that a format brings with it are left out, so that they
 neither open a gate nor thin out what stands beside them in its window.
@@ -55,13 +56,6 @@ class Table:
             tuple(pairs.flatten().tolist()), rounded(q[~single] * scale), rounded(self.squares[~single]),
             last=last, floor=floor,
         )  # fmt: skip
-
-    def mean_square(self, rows: Sequence[Sequence[int]]) -> float:
-        """idf^2 per token of these rows."""
-        flat = np.concatenate([_grams(ids) for ids in rows])
-        place = np.minimum(np.searchsorted(self.keys.numpy(), flat), len(self.keys) - 1)
-        known = self.keys.numpy()[place] == flat
-        return float(self.squares.numpy()[place[known]].sum()) / max(1, sum(map(len, rows)))
 
 
 def rounded(values: Tensor) -> tuple[float, ...]:
