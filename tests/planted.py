@@ -10,7 +10,7 @@ import torch
 
 from saeguard import SAE, Add, Plan, Rule, Site
 from saeguard.cli.guarded import PLAIN, UnderPolicy
-from saeguard.gates import Count, Gate, Hits, Latched, Watch
+from saeguard.gates import Count, Gate, Hits, Latched, Not, Watch
 from saeguard.guarding.guardrail import Guardrail
 from saeguard.guarding.policy import Policy, Refuse
 from saeguard.loaders.native import save_sae
@@ -52,7 +52,7 @@ def refusing(model: Any, sae: SAE, gate: Gate = GATE, **options: Any) -> Policy:
 
 
 @contextmanager
-def under(model: Any, sae: SAE, policy: Policy) -> Iterator[tuple[UnderPolicy, UnderPolicy]]:
+def under(model: Any, sae: Any, policy: Policy) -> Iterator[tuple[UnderPolicy, UnderPolicy]]:
     """Rows without a policy, and rows under this one."""
     with Guardrail.attach(model, {PLAIN: None, "guarded": policy}, tokenizer=TOKENIZER, saes=sae) as guard:
         yield UnderPolicy(guard, PLAIN), UnderPolicy(guard)
@@ -99,4 +99,19 @@ def save_deployment(folder: Path) -> Path:
     save_questions(folder / "questions.jsonl", rows_of(8))
     texts = [{"text": " ".join(f"w{3 + (7 * i + j) % 40}" for i in range(60))} for j in range(3)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return folder
+
+
+def save_second(folder: Path) -> Path:
+    """Beside `save_deployment`: second.json, a policy that edits from the first token without the planted word on."""
+    from saeguard.loaders import load_sae
+    from saeguard.models import load_model
+
+    model, _ = load_model(str(folder / "model"))
+    sae = load_sae(str(folder / "sae"))
+    gate = Latched(Not(Watch(HITS, Count(), 0.0)))
+    plan = Plan((Rule(sae.name, (0,), Add(2.0), gate=gate),))
+    policy = Policy.of(model, TOKENIZER, sae, plan, name="second", sources={sae.name: str(folder / "sae")},
+                       model_name=str(folder / "model"))  # fmt: skip
+    policy.save(folder / "second.json")
     return folder

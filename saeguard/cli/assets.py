@@ -1,4 +1,4 @@
-"""``saeguard assets``: the SAEs that come with the package, and what their cards say."""
+"""``saeguard assets``: the SAEs and policies that come with the package, and what their cards say."""
 
 from typing import Any
 
@@ -6,15 +6,18 @@ from saeguard.cli.console import Json, out, table, write_json
 
 
 def assets(as_json: Json = False) -> None:
-    """List the SAEs that come with saeguard; --json writes their cards in full."""
-    from saeguard.cards import shipped_cards
+    """List the SAEs and policies that come with saeguard; --json writes their cards in full."""
+    from saeguard.cards import policy_cards, shipped_cards
 
-    cards = shipped_cards()
+    saes, policies = shipped_cards(), policy_cards()
     if as_json:
-        write_json(cards)
+        write_json(saes | {f"policy {name}": card for name, card in policies.items()})
         return
-    rows = [(name, _brief(card)) for name, card in cards.items()]
-    out().print(table("Shipped SAEs", ("name", "card"), rows) if rows else "No SAE comes with this installation.")
+    for kind, cards in (("SAEs", saes), ("policies", policies)):
+        rows = [(name, _brief(card)) for name, card in cards.items()]
+        out().print(
+            table(f"Shipped {kind}", ("name", "card"), rows) if rows else f"No {kind} come with this installation."
+        )
 
 
 def _brief(card: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""``saeguard demo``: four rows in one batch, four plans, every promise checked, a page and a picture."""
+"""``saeguard demo``: four rows in one batch, four plans, then a guardrail; every promise checked, a page, a picture."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ def demo(
     picture: Annotated[bool, typer.Option(help="Draw the PNG, which needs matplotlib.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Steer a real model, one plan per row, and check every promise while at it.
+    """Steer a real model, one plan per row, put it behind a guardrail, and check every promise while at it.
 
     The model (SmolLM2-135M-Instruct, Apache-2.0) is fetched once and kept. Exit status 1 when a check does not hold.
     """
@@ -29,7 +29,7 @@ def demo(
         torch.set_num_threads(1)  # for a small model a second thread gains little, and on a busy machine costs minutes
         result = run_demo(folder, max_new_tokens=tokens, picture=picture, tick=tick)
     if as_json:
-        write_json(result.scene.to_json())
+        write_json(result.to_json())
     else:
         _show(result)
     if not result.holds:
@@ -48,14 +48,27 @@ def _show(result: Any) -> None:
         edits = sum(token.edited for token in line.steered)
         console.print(f"[dim]steered[/] [bold]{escape(line.steered_text)}[/]  [dim]({edits} tokens edited)[/]\n")
     console.print(report_table(result.scene.report))
+    if result.guard is not None:
+        _show_guard(result.guard)
     console.print("\n[bold]What was checked, just now, on this machine")
-    for proof in result.scene.proofs:
+    for proof in (*result.scene.proofs, *(result.guard.proofs if result.guard is not None else ())):
         mark = "[green]holds[/]" if proof.holds else "[bold red]FAILS[/]"
         console.print(f"  {mark}  {escape(proof.claim)}: [dim]{escape(proof.found)}[/]")
     console.print(f"\nWrote {', '.join(str(path) for path in result.files)} in {result.seconds:.0f} s.")
     console.print("[bold]Try next[/]")
     for command, why in NEXT:
         console.print(f"  [cyan]{escape(command)}[/]\n      {why}", soft_wrap=True)
+
+
+def _show_guard(guard: Any) -> None:
+    console = out()
+    console.print()
+    console.rule(f"[bold]Behind a guardrail: to be forgotten is {escape(guard.policy)}", align="left", style="dim")
+    for answer in guard.answers:
+        console.print(f"[dim]asked  [/] {escape(answer.question)}")
+        console.print(f"[dim]plain  [/] {escape(answer.plain)}")
+        said = f"gate's score {answer.score:.2f}, {answer.tokens_edited} tokens edited"
+        console.print(f"[dim]guarded[/] [bold]{escape(answer.guarded)}[/]  [dim]({said})[/]\n")
 
 
 NEXT = (
@@ -66,5 +79,6 @@ NEXT = (
         " --phase generated --page out/mine.html",
         "push a latent of your own and look at the page",
     ),
+    ("saeguard policy show biology", "what that guardrail watches and edits, and how often it is wrong"),
     ("saeguard steer --help", "plans from files, one per row; clamp, scale, ablate"),
 )

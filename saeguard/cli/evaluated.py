@@ -82,3 +82,62 @@ def percent(value: float | None) -> str:
 
 def _change(part: dict[str, Any]) -> str:
     return f"{percent(part['plain']['share'])} > {percent(part['guarded']['share'])}"
+
+
+def sequence_table(steps: Sequence[dict[str, Any]]) -> Table:
+    """A row per topic, a column per step; those of the topics to forget first."""
+    last = {part["topic"]: part for part in steps[-1]["topics"]}
+    order = [*steps[-1]["forgets"], *(topic for topic in last if topic not in steps[-1]["forgets"])]
+    rows = []
+    for topic in order:
+        parts = [next(part for part in step["topics"] if part["topic"] == topic) for step in steps]
+        cells = [f"{percent(one['guarded']['share'])} ({percent(one['triggered']['share'])})" for one in parts]
+        end = parts[-1]
+        kept = ("yes" if end["forgotten"] else "NO") if topic in steps[-1]["forgets"] else f"{end['loss']:+.1f}"
+        rows.append((topic, end["n"], percent(end["chance"]), percent(end["plain"]["share"]), *cells, kept))
+    losses = [step["loss"] for step in steps]
+    told = ["-" if one["points"] is None else f"{one['points']:+.1f} ({one['low']:+.1f} to {one['high']:+.1f})"
+            for one in losses]  # fmt: skip
+    rows.append(("never forgotten: points lost", losses[-1]["n"], "", "", *told, ""))
+    heads = ("topic", "n", "chance", "plain", *(step["policy"] for step in steps), "forgotten / points lost")
+    return table("Accuracy (triggered) after each step, in %", heads, rows, right=range(1, len(heads)))
+
+
+def recovery_table(found: Any) -> Table:
+    """What the attacks of a `Recovery` bring back."""
+    each, one_for_all = found.each, found.universal
+    counted = [
+        ("a push per question, right choice", [one.recovered for one in each], [one.norm for one in each]),
+        ("the same towards a wrong choice", [one.wrong for one in each], [one.wrong_norm for one in each]),
+        ("a random push of the same length", [one.random for one in each], [one.norm for one in each]),
+    ]
+    rows = [
+        (name, f"{sum(some)} of {len(some)}", f"{sum(norms) / len(norms):.2f}" if norms else "-")
+        for name, some, norms in counted
+    ]
+    for name, count in (("one push for all, on other questions", one_for_all.recovered),
+                        ("random ones of its length, on average", one_for_all.random_recovered)):  # fmt: skip
+        rows.append((name, f"{count:.3g} of {one_for_all.suppressed}", f"{one_for_all.norm:.2f}"))
+    title = (
+        f"{found.n} questions: {found.plain} right plainly, {found.guarded} under guard. On {one_for_all.n} others: "
+        f"plainly {one_for_all.plain}, under guard {one_for_all.guarded}, with the push for all "
+        f"{one_for_all.attacked}. Guarded latents woke up at {percent(found.woken)} % of tokens, and changed by "
+        f"{percent(found.change)} %"
+    )
+    return table(title, ("attack", "suppressed answers right again", "mean length, of |x|"), rows, right=(1, 2))
+
+
+def relearning_table(found: dict[str, Any]) -> Table:
+    """A row per tuning and topic, with the guardrail off and on."""
+    rows = []
+    for name, part in found.items():
+        losses = part["losses"]
+        loss = f"{losses[0]:.2f} > {losses[-1]:.2f}" if losses else "-"
+        attaches = "-" if part["refused"] is None else "refused" if part["refused"] else "YES"
+        rows += [
+            (name if number == 0 else "", topic, off["n"], percent(off["share"]), percent(part["on"][topic]["share"]),
+             loss if number == 0 else "", attaches if number == 0 else "")
+            for number, (topic, off) in enumerate(part["off"].items())
+        ]  # fmt: skip
+    heads = ("tuned", "topic", "n", "guardrail off", "on", "loss", "attaches afterwards")
+    return table("Right answers after fine-tuning, in %", heads, rows, right=range(2, 6))

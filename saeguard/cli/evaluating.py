@@ -7,15 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from saeguard.cli import unlearning
+from saeguard.cli import attacking, sequences, unlearning
 from saeguard.cli.console import check_target, out, progress
 from saeguard.cli.judging import bars
+from saeguard.cli.measured import begin, finish, tokens_of
 from saeguard.cli.unlearning import JsonFile, Model, Most, PolicyFile, Questions, Seed, Topics
 
 app = typer.Typer(
     no_args_is_help=True, help="Measure a guardrail's policy on questions and texts.", pretty_exceptions_enable=False
 )
 app.command("unlearn")(unlearning.unlearn)
+app.command("sequence")(sequences.sequence)
+app.command("recover")(attacking.recover)
+app.command("relearn")(attacking.relearn)
+app.command("page")(sequences.page)
 BENIGN_TOKENS = 400
 
 
@@ -40,10 +45,10 @@ def dilution(
     from saeguard.evaluating import dilution as diluting
     from saeguard.evaluating.prompts import Frame, token_ids
 
-    deployment, asked = _begin(policy, model, questions, topic, most, seed, target)
+    deployment, asked = begin(policy, model, questions, topic, most, seed, target)
     tokenizer = deployment.tokenizer
     lengths = sorted(set(length or diluting.LENGTHS))
-    text = _tokens(benign, tokenizer, max(lengths), seed)
+    text = tokens_of(benign, tokenizer, max(lengths), seed)
     rows = [token_ids(tokenizer, one.question) for one in asked]
     with bars(shown=True) as tell, deployment.guarded() as (_, guarded):
         found = diluting.dilution(
@@ -52,7 +57,7 @@ def dilution(
         )  # fmt: skip
     odd = found.disagreeing_alone + sum(point.disagreeing for point in found.points)
     settings = {"topics": topic or [], "most": most, "seed": seed}
-    _finish(target, "dilution", deployment, settings, asdict(found) | {"flips": found.flips, "disagreeing": odd})
+    finish(target, "dilution", deployment, settings, asdict(found) | {"flips": found.flips, "disagreeing": odd})
     out().print(dilution_table(found))
     if found.flips or odd:
         raise typer.Exit(1)
@@ -80,14 +85,14 @@ def transforms(
     names = tuple(transform or TRANSFORMS)
     if unknown := sorted(set(names) - set(TRANSFORMS)):
         raise typer.BadParameter(f"--transform {unknown[0]}: there are {', '.join(TRANSFORMS)}")
-    deployment, asked = _begin(policy, model, questions, topic, most, seed, target)
+    deployment, asked = begin(policy, model, questions, topic, most, seed, target)
     with bars(shown=True) as tell, deployment.guarded() as (plain, guarded):
         found = transformed(
             plain, guarded, asked, names, seed=seed, progress=lambda done, total: tell("transforms", done, total)
         )
     rows = [_with_shares(one) for one in found]
     settings = {"topics": topic or [], "most": most, "seed": seed}
-    _finish(target, "transforms", deployment, settings, {"n": len(asked), "transforms": rows})
+    finish(target, "transforms", deployment, settings, {"n": len(asked), "transforms": rows})
     out().print(transform_table(found))
 
 
@@ -125,44 +130,10 @@ def benign(
             ))  # fmt: skip
     settings = {"tokens": tokens, "row_tokens": row_tokens, "seed": seed}
     rows = [_with_shares(one) | {"per_1600_tokens": one.per_tokens} for one in found]
-    _finish(target, "benign", deployment, settings, {"texts": rows})
+    finish(target, "benign", deployment, settings, {"texts": rows})
     out().print(benign_table(found))
     if any(one.changed_untriggered for one in found):
         raise typer.Exit(1)
-
-
-def _begin(
-    policy: Path, model: str, questions: Sequence[str], topic: Sequence[str] | None, most: int | None, seed: int,
-    target: Path | None,
-) -> tuple[Any, list[Any]]:  # fmt: skip
-    """What is measured, and the questions; ``most`` of each topic of each file."""
-    from saeguard.cli.guarded import deploy
-    from saeguard.cli.training import expand
-    from saeguard.evaluating.multiple_choice import read_questions
-
-    check_target(target, "--json")
-    asked = [
-        one for path in expand([*questions]) for one in read_questions(path, topics=topic or (), most=most, seed=seed)
-    ]
-    with progress("loading") as tick:
-        return deploy(policy, model, tick), asked
-
-
-def _tokens(patterns: Sequence[str], tokenizer: Any, n: int, seed: int) -> list[int]:
-    """At least ``n`` tokens of the texts, where they have so many, in an order drawn by ``seed``."""
-    import random
-
-    from saeguard.cli.texts import documents_of
-    from saeguard.evaluating.prompts import token_ids
-
-    documents = [text for texts in documents_of(patterns, tokenizer).values() for text in texts]
-    random.Random(seed).shuffle(documents)
-    found: list[int] = []
-    for text in documents:
-        if len(found) >= n:
-            break
-        found += token_ids(tokenizer, f"{text}\n\n")
-    return found
 
 
 def _cut(ids: Sequence[int], width: int) -> list[list[int]]:
@@ -178,11 +149,3 @@ def _with_shares(found: Any) -> dict[str, Any]:
     return {
         name: share(value.right, value.n) if isinstance(value, Accuracy) else value for name, value in values.items()
     }
-
-
-def _finish(target: Path | None, kind: str, deployment: Any, settings: dict[str, Any], found: dict[str, Any]) -> None:
-    from saeguard.cli.judging import finite
-
-    document = {"saeguard": f"eval {kind}", "schema": unlearning.SCHEMA, **deployment.about(), "settings": settings}
-    if target is not None:
-        unlearning.write_document(target, finite(document | found))

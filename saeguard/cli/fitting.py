@@ -42,9 +42,11 @@ class Asked:
     passages: int
     sentences: int
     grams: int
+    evidence: str
     chat_every: int
     tokens: int
     name: str
+    refuse: str
     seed: int
     folder: Path
 
@@ -64,18 +66,16 @@ def fit_policy(asked: Asked, tell: Any) -> tuple[Any, dict[str, Any]]:
     """The policy, and everything that was measured on the way. Raises `TrainError`, `CalibrationRefused` and others."""
     from saeguard.gates import Latched
     from saeguard.guarding.policy import Policy
-    from saeguard.plans import Plan, Rule
 
     started, say = time.perf_counter(), tell or (lambda *told: None)
     read = _load(asked)
     rows, fitted = _gate(asked, read, say)
     threshold, figures, frontier = _calibrated(asked, rows, fitted.scores)
-    chosen = _latents(asked, read, say)
+    chosen = () if asked.refuse else _latents(asked, read, say)
     gate = Latched(replace(fitted.gate, threshold=threshold.value))
-    rule = Rule(read.sae.name, chosen, asked.op, gate=gate)
     policy = Policy.of(
-        read.model, read.tokenizer, [read.sae], Plan((rule,), asked.name), name=asked.name, calibration=figures,
-        sources={read.sae.name: asked.sae}, model_name=asked.model,
+        read.model, read.tokenizer, [read.sae], name=asked.name, calibration=figures,
+        sources={read.sae.name: asked.sae}, model_name=asked.model, **_action(asked, read.sae.name, chosen, gate),
     )  # fmt: skip
     cost = {
         "minutes": round((time.perf_counter() - started) / 60, 2),
@@ -86,6 +86,16 @@ def fit_policy(asked: Asked, tell: Any) -> tuple[Any, dict[str, Any]]:
         "topic": asked.topic, "latents": list(chosen), "calibration": figures, "frontier": frontier,
         "parts": {**fitted.made, "alone": _alone(asked, rows, fitted)}, "cost": cost,
     }  # fmt: skip
+
+
+def _action(asked: Asked, sae: str, latents: tuple[int, ...], gate: Any) -> dict[str, Any]:
+    """What happens where the gate opens: a refusal if one was asked for, else an edit."""
+    from saeguard.guarding.stops import Refuse
+    from saeguard.plans import Plan, Rule
+
+    if asked.refuse:
+        return {"refusals": (Refuse(gate, sae, None, asked.refuse, f"{asked.topic}.gate"),)}
+    return {"plan": Plan((Rule(sae, latents, asked.op, gate=gate),), asked.name)}
 
 
 def _load(asked: Asked) -> _Read:
@@ -118,7 +128,7 @@ def _load(asked: Asked) -> _Read:
 def _gate(asked: Asked, read: _Read, say: Any) -> tuple[Sequence[Any], Any]:
     """The rows of all formats, and the gate that was fitted to them."""
     from saeguard.training.corpus import special_ids
-    from saeguard.training.gate_fit import GateConfig, Sentence, fit_gate
+    from saeguard.training.gate_fit import GateConfig, Sentence, fit_gate, fit_words_gate
     from saeguard.training.gate_latents import gather_latents
     from saeguard.training.gate_rows import passage_rows, question_rows
     from saeguard.training.gate_words import WordsConfig, sentences
@@ -128,8 +138,6 @@ def _gate(asked: Asked, read: _Read, say: Any) -> tuple[Sequence[Any], Any]:
         *question_rows(read.questions, read.tokenizer, bos=bos, chat_every=asked.chat_every),
         *passage_rows(read.documents, read.tokenizer, each=asked.passages, bos=bos, seed=asked.seed),
     )
-    tokens = gather_latents(read.model, read.sae, rows, asked.folder / "latents",
-                            progress=lambda done, total: say("latents of all rows", done, total, "tokens"))  # fmt: skip
     listed: list[Sentence] = []
     for topic, texts in read.documents.items():
         found = sentences(texts, asked.sentences * (3 if topic == asked.topic else 1), asked.seed)
@@ -137,8 +145,14 @@ def _gate(asked: Asked, read: _Read, say: Any) -> tuple[Sequence[Any], Any]:
         listed += [Sentence(tuple(one), topic) for one in ids]
     odd = sorted({*special_ids(read.tokenizer), *read.sae.manifest.get("special_ids", ())})
     config = GateConfig(words=WordsConfig(most=asked.grams))
-    return rows, fit_gate(tokens, rows, listed, asked.topic, special=odd, weights=asked.weights, config=config,
-                          progress=lambda stage: say("fitting the gate", 0, 1, stage))  # fmt: skip
+    tell = lambda stage: say("fitting the gate", 0, 1, stage)
+    if asked.evidence == "words":
+        return rows, fit_words_gate(rows, listed, asked.topic, special=odd, weights=asked.weights, seed=asked.seed,
+                                    config=config, progress=tell)  # fmt: skip
+    tokens = gather_latents(read.model, read.sae, rows, asked.folder / "latents",
+                            progress=lambda done, total: say("latents of all rows", done, total, "tokens"))  # fmt: skip
+    return rows, fit_gate(tokens, rows, listed, asked.topic, special=odd, weights=asked.weights, seed=asked.seed,
+                          config=config, progress=tell)  # fmt: skip
 
 
 def _latents(asked: Asked, read: _Read, say: Any) -> tuple[int, ...]:
@@ -202,7 +216,19 @@ def _fingerprint(rows: Sequence[Any]) -> str:
 
 def _settings(asked: Asked) -> dict[str, Any]:
     """What was asked for, as far as it is no file."""
-    names = ("topic", "select", "top", "floor", "passages", "sentences", "grams", "chat_every", "tokens", "seed")
+    names = (
+        "topic",
+        "evidence",
+        "select",
+        "top",
+        "floor",
+        "passages",
+        "sentences",
+        "grams",
+        "chat_every",
+        "tokens",
+        "seed",
+    )
     return {name: getattr(asked, name) for name in names} | {
         "neighbours": list(asked.neighbours), "weights": dict(asked.weights),
     }  # fmt: skip
@@ -221,12 +247,12 @@ def _at(asked: Asked, by_topic: Mapping[str, list[float]], harmless: list[float]
 
 
 def _alone(asked: Asked, rows: Sequence[Any], fitted: Any) -> dict[str, float]:
-    """Recall of either part at the asked level, so that it can be seen what the other adds."""
+    """Recall of each part at the asked level, so that it can be seen what the others add."""
     found = {}
-    for name in ("latents", "words", "scores"):
-        by_topic = _questions(rows, getattr(fitted, name))
+    for name, scores in (*fitted.parts.items(), ("all", fitted.scores)):
+        by_topic = _questions(rows, scores)
         harmless = _of(asked, by_topic, "retain")
-        found["both" if name == "scores" else name] = _at(asked, by_topic, harmless, asked.level)["recall"]
+        found[name] = _at(asked, by_topic, harmless, asked.level)["recall"]
     return found
 
 

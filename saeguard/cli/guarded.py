@@ -81,10 +81,15 @@ def deploy(policy_file: Path, model: str, tell: Callable[[str], None]) -> Deploy
     That they are what the policy was made for is checked when the guardrail is attached, here once before any work.
     """
     from saeguard.guarding.policy import Policy
+
+    return deployed(Policy.load(policy_file), model, tell)
+
+
+def deployed(policy: Any, model: str, tell: Callable[[str], None]) -> Deployment:
+    """`deploy` of a policy that is there already."""
     from saeguard.loaders import load_sae
     from saeguard.models import load_model
 
-    policy = Policy.load(policy_file)
     tell(f"loading {model or policy.model.name}")
     loaded = load_model(model or policy.model.name)
     saes: list[Any] = []

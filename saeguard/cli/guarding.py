@@ -35,6 +35,13 @@ class How(StrEnum):
     certain = "certain"
 
 
+class Reads(StrEnum):
+    """What the gate reads."""
+
+    words = "words"
+    both = "both"
+
+
 @app.command("fit")
 def fit(
     forget: Annotated[Files, typer.Option(help="TOPIC=FILE: text of what is to be forgotten; repeatable.")],
@@ -63,11 +70,15 @@ def fit(
     passages: Annotated[int, typer.Option(min=0, help="Passages of each topic to learn from.")] = 10,
     sentences: Annotated[int, typer.Option(min=1, help="Sentences of each topic, threefold of the one to forget.")]
     = 10_000,
+    evidence: Annotated[
+        Reads, typer.Option(help="What the gate reads: words, which text around them cannot hide, or both.")
+    ] = Reads.both,
     grams: Annotated[int, typer.Option(min=1, help="Words and pairs of words that the gate knows, at most.")] = 60_000,
     chat_every: Annotated[int, typer.Option(min=1, help="Read every so manieth question as a chat too.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of questions to choose latents by, on each side.")]
     = 25_000,
     name: Annotated[str, typer.Option(help="The policy's name; the topic's by default.")] = "",
+    refuse: Annotated[str, typer.Option(help="Edit nothing: end the row, and answer this text instead.")] = "",
     checkpoint: Annotated[Path | None, typer.Option(help="Folder of unfinished work; beside --out otherwise.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -85,8 +96,8 @@ def fit(
         neighbours=tuple(neighbour or ()), weights=_weights(weigh or []), sae=sae or default_sae(), model=model,
         select=select.value, top=top, floor=least, op=make_op(op, value, unit=unit.value, when=when.value),
         level=level, method=method.value, confidence=confidence, passages=passages, sentences=sentences, grams=grams,
-        chat_every=chat_every, tokens=tokens, name=name or forget_topic, seed=seed,
-        folder=checkpoint or target.with_name(target.name + ".unfinished"),
+        evidence=evidence.value, chat_every=chat_every, tokens=tokens, name=name or forget_topic, refuse=refuse,
+        seed=seed, folder=checkpoint or target.with_name(target.name + ".unfinished"),
     )  # fmt: skip
     with progress_bars(shown=not as_json) as bars:
         policy, document = fit_policy(asked, bars)
@@ -153,7 +164,7 @@ def _show(document: dict[str, Any], target: Path, beside: Path) -> None:
     heads = ("level", "threshold", "to forget", "retain", "neighbours")
     console.print(table("What other thresholds would do", heads, frontier, right=(0, 1, 2, 3, 4)))
     chosen, cost = ",".join(map(str, document["latents"])), document["cost"]
-    console.print(f"Edits latents {chosen}", soft_wrap=True, markup=False)
+    console.print(f"Edits latents {chosen}" if chosen else "Refuses", soft_wrap=True, markup=False)
     console.print(f"{cost['minutes']:.1f} minutes, {cost['peak_memory_mb']:,.0f} MB at its peak", style="dim")
     size = document["policy"]["bytes"]
     console.print(f"Wrote {target} ({size:,} bytes) and {beside}", style="dim", soft_wrap=True)

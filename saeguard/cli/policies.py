@@ -6,12 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
+from saeguard.cli import joining
 from saeguard.cli.console import Json, check_target, out, progress, table, write_json
+from saeguard.cli.policy_files import HELP, named_policy
 
 app = typer.Typer(
     no_args_is_help=True, help="Read, sign and verify the policy of a guardrail.", pretty_exceptions_enable=False
 )
-PolicyFile = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A policy file, as Policy.save writes.")]
+PolicyFile = Annotated[Path, typer.Argument(parser=named_policy, metavar="POLICY", help=HELP)]
+OwnFile = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A policy file, as Policy.save writes.")]
+app.command("join")(joining.join)
 
 
 @app.command("show")
@@ -88,7 +92,7 @@ def verify(
 
 @app.command("sign")
 def sign(
-    file: PolicyFile,
+    file: OwnFile,
     key: Annotated[Path, typer.Option("--key", dir_okay=False, help="The private key, in a file of mode 600.")],
     target: Annotated[
         Path | None, typer.Option("--out", help="Write the signed policy there instead of in place.")

@@ -18,11 +18,10 @@ import typer
 
 from saeguard.cli.console import check_target, out, progress
 from saeguard.cli.judging import bars
+from saeguard.cli.policy_files import HELP, named_policy
 
 SCHEMA = 1
-PolicyFile = Annotated[
-    Path, typer.Option("--policy", exists=True, dir_okay=False, help="A policy file, as Policy.save writes.")
-]
+PolicyFile = Annotated[Path, typer.Option("--policy", parser=named_policy, metavar="POLICY", help=HELP)]
 Questions = Annotated[
     list[str],
     typer.Option("--questions", help="JSON lines with question, choices, gold, topic (.jsonl, .jsonl.gz); repeatable."),

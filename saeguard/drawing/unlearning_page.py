@@ -1,7 +1,7 @@
-"""Draw what a policy takes away and what it leaves: one HTML page with a plot, a table and what got through.
+"""Draw what policies take away and what they leave: one HTML page with plots, a table and what got through.
 
-It draws the JSON that ``saeguard eval unlearn`` writes. Every topic is a point: across, the plain model's accuracy; up,
-the guarded one's, with its 95 % interval. On the diagonal nothing was lost, on the line of chance nothing is left.
+It draws the JSON that ``saeguard eval unlearn`` writes, of one policy or of several; see
+`saeguard.drawing.unlearning_plot` for the plots.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,38 +10,50 @@ from pathlib import Path
 from typing import Any
 
 from saeguard.drawing.page import STYLE
+from saeguard.drawing.unlearning_plot import Shown, legend, policies_plot, topics_plot
 
-SIZE, EDGE = 460, 48
-"""Of the plot and of the room for its scales, in pixels."""
+Document = Mapping[str, Any]
 READINGS = (("sum", "by log-likelihood"), ("bytes", "per byte"), ("pmi", "PMI"))
 FORMS = (("options", "in writing, from options"), ("open", "in writing, open"))
 MOST_THROUGH = 40
-HOW = (
-    "A topic counts as one to forget where a gate opened in at least half of its questions. Right answers by "
-    "log-likelihood; intervals are Wilson's, 95 %. A stopped question counts as wrong. Triggered: by the question / "
-    "with some choice behind it / in writing, with the options / open."
+ABOUT_ALL = (
+    "Right answers by log-likelihood; intervals are Wilson's, 95 %. A stopped question counts as wrong. Triggered: by "
+    "the question / with some choice behind it / in writing, with the options / open. Broken lines: nothing lost; "
+    "dotted lines: chance."
 )
+BY_GATE = "A topic counts as one to forget where a gate opened in at least half of its questions. "
 
 
-def write_unlearning_page(document: Mapping[str, Any], path: str | Path) -> Path:
-    """Write the page to ``path``, making its folder."""
+def write_unlearning_page(
+    documents: Document | Sequence[Document], path: str | Path, *, forget: Sequence[str] = ()
+) -> Path:
+    """Write the page of one document or several to ``path``, making its folder."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render(document), encoding="utf-8")
+    target.write_text(render(documents, forget=forget), encoding="utf-8")
     return target
 
 
-def render(document: Mapping[str, Any]) -> str:
-    """The page as a string; all text of the document is escaped."""
-    policy, model = document["policy"], document["model"]["name"]
-    title = f"Policy {policy['name']}, serial {policy['serial']}"
-    parts = [(file["file"], part) for file in document["files"] for part in file["topics"]]
+def render(documents: Document | Sequence[Document], *, forget: Sequence[str] = ()) -> str:
+    """The page as a string; all text of the documents is escaped.
+
+    ``forget`` names the topics that are to be forgotten; without it they are told by the gates that opened.
+    """
+    listed = [documents] if isinstance(documents, Mapping) else list(documents)
+    names = _names([one["policy"] for one in listed])
+    shown = [
+        Shown(number, file["file"], part, part["topic"] in forget if forget else is_forgotten(part))
+        for number, one in enumerate(listed) for file in one["files"] for part in file["topics"]
+    ]  # fmt: skip
+    title = f"Policy {names[0]}" if len(listed) == 1 else f"{len(listed)} policies"
+    told = f"To forget: {', '.join(forget)}. " if forget else BY_GATE
     body = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">on {escape(model)}; fingerprint {escape(policy["fingerprint"][:16])}</p>',
-        "<h2>Forget and retain</h2>", f'<section class="row">{_plot(parts)}</section>', f"<p>{escape(HOW)}</p>",
-        "<h2>By topic, plain and guarded</h2>", _table(parts),
-        "<h2>What got through</h2>", *(_through(parts) or ["<p>Nothing.</p>"]),
+        f"<h1>{escape(title)}</h1>", *_leads(listed, names),
+        "<h2>Forget and retain</h2>", legend(names) if len(listed) > 1 else "",
+        f'<section class="row"><div class="pair">{topics_plot(shown)}{policies_plot(shown, names)}</div></section>',
+        f"<p>{escape(told + ABOUT_ALL)}</p>",
+        "<h2>By topic, plain and guarded</h2>", _table(shown, names),
+        "<h2>What got through</h2>", *(_through(shown, names) or ["<p>Nothing.</p>"]),
         "<footer>Drawn by saeguard. This file loads nothing from anywhere.</footer>",
     ]  # fmt: skip
     return (
@@ -57,62 +69,41 @@ def is_forgotten(part: Mapping[str, Any]) -> bool:
     return 2 * part["triggered"]["question"]["count"] >= part["n"]
 
 
-def _plot(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    whole = SIZE + 2 * EDGE
-    chances = sorted({round(part["chance"], 2) for _, part in parts})
-    lines = [_line(0.0, 0.0, 1.0, 1.0, "4 4"), *(_line(0.0, chance, 1.0, chance, "1 4") for chance in chances)]
-    ticks = [f"{_text(x / 4, -0.05, f'{25 * x}')}{_text(-0.055, x / 4, f'{25 * x}')}" for x in range(5)]
-    names = [_text(0.5, -0.09, "plain accuracy, %"), _text(0.02, 1.03, "guarded accuracy, %", anchor="start")]
-    points = [_point(file, part) for file, part in parts]
-    return (
-        f'<svg viewBox="0 0 {whole} {whole}" width="{whole}" style="max-width:100%" role="img" '
-        f'font-size="11" fill="currentColor"><title>Guarded against plain accuracy</title>'
-        f'<rect x="{EDGE}" y="{EDGE}" width="{SIZE}" height="{SIZE}" fill="none" stroke="var(--line)"/>'
-        f"{''.join(lines + ticks + names + points)}</svg>"
+def _names(policies: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the policies, with as much of serial and fingerprint as it takes to tell them apart."""
+    ways = (
+        lambda one: one["name"],
+        lambda one: f"{one['name']}, serial {one['serial']}",
+        lambda one: f"{one['name']}, serial {one['serial']}, {one['fingerprint'][:8]}",
     )
+    several = ([way(one) for one in policies] for way in ways[1 if len(policies) == 1 else 0 :])
+    return next((names for names in several if len(set(names)) == len(names)), [ways[2](one) for one in policies])
 
 
-def _point(file: str, part: Mapping[str, Any]) -> str:
-    told = part["likelihood"]["sum"]
-    x, guarded = told["plain"]["share"], told["guarded"]
-    colour = "var(--bad)" if is_forgotten(part) else "var(--edit)"
-    tip = f"{file}, {part['topic'] or 'no topic'}: {_percent(x)} > {_percent(guarded['share'])} of {part['n']}"
-    whisker = _line(x, guarded["low"], x, guarded["high"], "", colour)
-    return (
-        f"<g><title>{escape(tip)}</title>{whisker}"
-        f'<circle cx="{_across(x):.1f}" cy="{_down(guarded["share"]):.1f}" r="5" fill="{colour}"/>'
-        f"{_text(x + 0.015, guarded['share'] + 0.012, part['topic'] or file, anchor='start')}</g>"
+def _leads(documents: Sequence[Document], names: Sequence[str]) -> Iterator[str]:
+    """On which model each was measured."""
+    for one, name in zip(documents, names, strict=True):
+        own = "" if len(documents) == 1 else f"{name}: "
+        text = f"{own}on {one['model']['name']}; fingerprint {one['policy']['fingerprint'][:16]}"
+        yield f'<p class="lead">{escape(text)}</p>'
+
+
+def _table(shown: Sequence[Shown], names: Sequence[str]) -> str:
+    written = [(form, name) for form, name in FORMS if any(form in one.part["written"] for one in shown)]
+    policy = ["policy"] if len(names) > 1 else []
+    heads = [*policy, "file", "topic", "n", "chance", *(name for _, name in READINGS), "refused",
+             *(name for _, name in written), "triggered", "the rest identical"]  # fmt: skip
+    rows = "".join(f"<tr>{''.join(_cells(one, names, written))}</tr>" for one in shown)
+    head = "".join(
+        f"<th{' class=n' if i > heads.index('topic') else ''}>{escape(name)}</th>" for i, name in enumerate(heads)
     )
-
-
-def _across(share: float) -> float:
-    return EDGE + share * SIZE
-
-
-def _down(share: float) -> float:
-    return EDGE + (1 - share) * SIZE
-
-
-def _line(x: float, y: float, x2: float, y2: float, dashes: str, colour: str = "var(--soft)") -> str:
-    ends = f'x1="{_across(x):.1f}" y1="{_down(y):.1f}" x2="{_across(x2):.1f}" y2="{_down(y2):.1f}"'
-    return f'<line {ends} stroke="{colour}" stroke-dasharray="{dashes}"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text x="{_across(x):.1f}" y="{_down(y):.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _table(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    written = [(form, name) for form, name in FORMS if any(form in part["written"] for _, part in parts)]
-    heads = ["file", "topic", "n", "chance", *(name for _, name in READINGS), "refused", *(name for _, name in written),
-             "triggered", "the rest identical"]  # fmt: skip
-    rows = "".join(f"<tr>{''.join(_cells(file, part, written))}</tr>" for file, part in parts)
-    head = "".join(f"<th{' class=n' if i > 1 else ''}>{escape(name)}</th>" for i, name in enumerate(heads))
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _cells(file: str, part: Mapping[str, Any], written: Sequence[tuple[str, str]]) -> Iterator[str]:
-    yield from (f"<td>{escape(text)}</td>" for text in (file, part["topic"] or "-"))
+def _cells(one: Shown, names: Sequence[str], written: Sequence[tuple[str, str]]) -> Iterator[str]:
+    part, policy = one.part, names[one.system : one.system + 1] if len(names) > 1 else ()
+    topic = f"{part['topic'] or '-'}{' (to forget)' if one.forget else ''}"
+    yield from (f"<td>{escape(text)}</td>" for text in (*policy, one.file, topic))
     told, same = part["likelihood"], part["identical"].values()
     numbers = [str(part["n"]), _percent(part["chance"]), *(_change(told[name]) for name, _ in READINGS)]
     numbers.append(str(told["sum"]["refused"]))
@@ -123,16 +114,17 @@ def _cells(file: str, part: Mapping[str, Any], written: Sequence[tuple[str, str]
     yield from (f'<td class="n">{escape(text)}</td>' for text in numbers)
 
 
-def _through(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+def _through(shown: Sequence[Shown], names: Sequence[str]) -> list[str]:
     """Questions of topics to forget whose right choice was still the likeliest."""
     found = []
-    for file, part in parts:
-        questions = part["through"]
+    for one in shown:
+        questions = one.part["through"]
         if not questions:
             continue
-        items = "".join(f"<li>{escape(one)}</li>" for one in questions[:MOST_THROUGH])
+        items = "".join(f"<li>{escape(question)}</li>" for question in questions[:MOST_THROUGH])
         more = f"<p>and {len(questions) - MOST_THROUGH} more</p>" if len(questions) > MOST_THROUGH else ""
-        told = f"{file}, {part['topic'] or 'no topic'}: {len(questions)} of {part['n']}, chance {part['chance']:.0%}"
+        policy = "" if len(names) == 1 else f"{names[one.system]}, "
+        told = f"{policy}{one.file}, {one.topic}: {len(questions)} of {one.part['n']}, chance {one.part['chance']:.0%}"
         found.append(f"<details><summary>{escape(told)}</summary><ul>{items}</ul>{more}</details>")
     return found
 

@@ -75,8 +75,12 @@ def _batches(branches: Sequence[Branches], batch_rows: int) -> Iterator[list[int
         yield some
 
 
-@torch.no_grad()
-def _of_batch(subject: Subject, some: Sequence[Branches]) -> list[Likelihoods]:
+def branch_nats(
+    subject: Subject, some: Sequence[Branches]
+) -> tuple[Float[Tensor, " back"], Sequence[Verdict], Sequence[Verdict]]:
+    """Of one batch: ``nats`` of all continuations, beginning by beginning, with their gradient where one is asked for;
+    what became of each beginning, and of each continuation.
+    """
     device, model = device_of(subject), subject.model
     fronts, real = padded([one.front for one in some], "left", device)
     config: Any = model.config
@@ -92,17 +96,23 @@ def _of_batch(subject: Subject, some: Sequence[Branches]) -> list[Likelihoods]:
     with subject.passes([len(some[i].front) for i in owner.tolist()]) as verdicts:
         later = model(input_ids=backs, attention_mask=mask, position_ids=places(mask)[:, real.shape[1] :],
                       past_key_values=cache, use_cache=True).logits  # fmt: skip
-        said = iter(verdicts())
-    sums = iter(_sums(torch.cat([first[owner], later[:, :-1]], dim=1), backs, told))
+        said = verdicts()
+    return _sums(torch.cat([first[owner], later[:, :-1]], dim=1), backs, told), asked, said
+
+
+@torch.no_grad()
+def _of_batch(subject: Subject, some: Sequence[Branches]) -> list[Likelihoods]:
+    nats, asked, said = branch_nats(subject, some)
+    sums, told = iter(nats.tolist()), iter(said)
     return [
-        Likelihoods(tuple(next(sums) for _ in one.backs), verdict, tuple(next(said) for _ in one.backs))
+        Likelihoods(tuple(next(sums) for _ in one.backs), verdict, tuple(next(told) for _ in one.backs))
         for one, verdict in zip(some, asked, strict=True)
     ]
 
 
 def _sums(
     logits: Float[Tensor, "row column vocabulary"], ids: Int[Tensor, "row column"], told: Int[Tensor, "row column"]
-) -> list[float]:
+) -> Float[Tensor, " row"]:
     """Of the log-probabilities of ``ids`` where they are told; each column's logits are those before its token."""
     log_p = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    return log_p.double().masked_fill(told == 0, 0.0).sum(1).tolist()
+    return log_p.double().masked_fill(told == 0, 0.0).sum(1)
