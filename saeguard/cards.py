@@ -1,12 +1,14 @@
-"""Model cards of the SAEs that come with the package: what they were trained on and what was measured."""
+"""Cards of the SAEs and policies that come with the package: what they were made from and what was measured."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from saeguard.errors import BrokenFile
 from saeguard.loaders import shipped
 
 NAME = "card.json"
+POLICIES = Path(__file__).parent / "assets" / "policies"
 
 
 def shipped_cards() -> dict[str, dict[str, Any]]:
@@ -17,8 +19,15 @@ def shipped_cards() -> dict[str, dict[str, Any]]:
 def read_card(name: str) -> dict[str, Any]:
     """The card of one shipped SAE; empty when it has none. Raises `BrokenFile`."""
     path = shipped()[name] / NAME
-    if not path.is_file():
-        return {}
+    return _read(path, name) if path.is_file() else {}
+
+
+def policy_cards() -> dict[str, dict[str, Any]]:
+    """The cards of shipped policies, by name. Raises `BrokenFile`."""
+    return {path.name.removesuffix(f".{NAME}"): _read(path, path.name) for path in sorted(POLICIES.glob(f"*.{NAME}"))}
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -94,16 +94,22 @@ def test_promised_rate_holds_on_rows_that_it_never_saw(place, made):
     assert interval(sum(off), len(off))[0] <= 0.03
 
 
-def test_command_that_was_interrupted_makes_the_same_policy(place, made, tmp_path):
-    target = tmp_path / "planted.policy.json"
-    run(*arguments(place, target, "--checkpoint", tmp_path / "work"))
+def test_command_that_was_interrupted_makes_the_same_policy(place, tmp_path):
+    target, both = tmp_path / "planted.policy.json", ("--evidence", "both", "--checkpoint", tmp_path / "work")
+    run(*arguments(place, target, *both))
     first = target.read_bytes()
     target.unlink()
     (sorted((tmp_path / "work" / "latents").glob("*.safetensors"))[-1]).unlink()
 
-    run(*arguments(place, target, "--checkpoint", tmp_path / "work"))
+    run(*arguments(place, target, *both))
 
-    assert target.read_bytes() == first == made[0].read_bytes()
+    assert target.read_bytes() == first
+
+
+def test_same_command_makes_the_same_policy_of_words(place, made, tmp_path):
+    run(*arguments(place, tmp_path / "planted.policy.json"))
+
+    assert (tmp_path / "planted.policy.json").read_bytes() == made[0].read_bytes()
 
 
 def test_json_is_the_document_that_is_written(place, tmp_path):
@@ -117,6 +123,15 @@ def test_json_is_the_document_that_is_written(place, tmp_path):
     assert document["calibration"]["topics"]["other1"]["role"] == "neighbour"
     assert document["calibration"]["n"] == 120
     assert Policy.load(target).name == "mine"
+
+
+def test_policy_can_refuse_instead_of_edit(place, tmp_path):
+    said = run(*arguments(place, tmp_path / "p.json", "--refuse", "I do not know."))
+
+    policy = Policy.load(tmp_path / "p.json")
+    (stop,) = policy.refusals
+    assert (policy.plan, stop.text, stop.reason) == (None, "I do not know.", "planted.gate")
+    assert "Refuses" in flat(said.output)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,13 @@ import torch
 
 from saeguard import AnyActive, AtLeast, Clamp, Plan, Rule, Scale, load_sae
 from saeguard.demo import ROWS, DemoRow, prove, run_demo
+from saeguard.demo.guarded import run_guarded
 from saeguard.demo.proofs import Case, hooks
 from saeguard.drawing.scene import encode, play, sites_of
+from saeguard.errors import BadPolicyFile
+from saeguard.gates import Latched, Words
+from saeguard.guarding.policy import Policy
+from saeguard.guarding.shipped import load_policy, shipped_policies
 from saeguard.latents import LatentTable
 from saeguard.loaders import shipped
 from tests.tiny import fresh_model, tiny_model, tiny_sae
@@ -114,3 +119,39 @@ def test_rows_of_the_demonstration_fit_what_ships():
     for rule in (rule for row in ROWS if row.plan for rule in row.plan.rules):
         load_sae(rule.sae).check_latents(rule.latents)
         assert all(LatentTable.load(rule.sae).row(latent).frequency > 0 for latent in rule.latents)
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    """A gate that opens on the words of the first question, and an edit that shows."""
+    model, tokenizer, sae = fresh_model(), word_tokenizer(), tiny_sae()
+    words = Words((5, 6, 7), (9.0, 9.0, 9.0), (1.0, 1.0, 1.0), last=8, floor=1.0, threshold=1.0)
+    rule = Rule("tiny", (1, 2), Clamp(-4.0, when="always", unit="norm"), gate=Latched(words))
+    policy = Policy.of(model, tokenizer, [sae], Plan((rule,)), name="three words")
+    ids = [tokenizer.decode([token]) for token in (5, 6, 7, 30, 31)]
+    questions = (" ".join(ids[:3]), " ".join(ids[3:]))
+    return run_guarded(model, tokenizer, policy, [sae], questions=questions, max_new_tokens=5, chat=False)
+
+
+def test_guarded_question_is_edited_and_the_other_left_alone(guarded):
+    about, other = guarded.answers
+
+    assert (about.decision, other.decision) == ("steer", "allow")
+    assert about.tokens_edited > 0
+    assert other.tokens_edited == 0
+    assert other.plain == other.guarded
+    assert [(proof.claim, proof.found) for proof in guarded.proofs if not proof.holds] == []
+    assert len(guarded.proofs) == 5
+
+
+@pytest.mark.skipif(not shipped_policies(), reason="no policy ships with this checkout")
+def test_shipped_policies_are_read_and_fit_what_ships():
+    for name in shipped_policies():
+        policy = load_policy(name)
+        assert all(load_sae(pin.source).fingerprint() == pin.fingerprint for pin in policy.saes)
+        assert policy.calibration["questions"]["retain"]["share"] <= policy.calibration["level"]
+
+
+def test_policy_that_does_not_ship_is_refused_by_name():
+    with pytest.raises(BadPolicyFile, match="policy 'botany'.*shipped are"):
+        load_policy("botany")

@@ -1,5 +1,6 @@
 """Run the demonstration from prompts to files: report.json, demo.html and demo.png."""
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,32 +9,43 @@ from typing import Any
 
 from torch import nn
 
+from saeguard.demo.guarded import GuardScene, run_guarded
 from saeguard.demo.proofs import Case, hooks, prove
 from saeguard.demo.rows import ROWS, DemoRow
 from saeguard.drawing.page import write_page
 from saeguard.drawing.picture import write_picture
 from saeguard.drawing.scene import Scene, encode, make_lines, play, reads, sites_of
+from saeguard.guarding.policy import Policy
+from saeguard.guarding.shipped import load_policy
 from saeguard.latents import LatentTable
 from saeguard.loaders import load_sae
 from saeguard.models import load_model
 from saeguard.sae import SAE
 
 MODEL = "smollm2-135m-instruct"
+POLICY = "biology"
 Tick = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a demonstration gave. ``seconds`` is wall time, imports left out."""
+    """What a demonstration gave. ``seconds`` is wall time, imports left out; ``guard`` is None without a policy."""
 
     scene: Scene
+    guard: GuardScene | None
     files: tuple[Path, ...]
     seconds: float
 
     @property
     def holds(self) -> bool:
         """Whether every check held."""
-        return all(proof.holds for proof in self.scene.proofs)
+        guard = self.guard.proofs if self.guard is not None else ()
+        return all(proof.holds for proof in (*self.scene.proofs, *guard))
+
+    def to_json(self) -> str:
+        """Everything but the activations."""
+        guard = None if self.guard is None else self.guard.to_dict()
+        return json.dumps(json.loads(self.scene.to_json()) | {"guardrail": guard}, indent=2, ensure_ascii=False)
 
 
 def run_demo(
@@ -44,36 +56,46 @@ def run_demo(
     tokenizer: Any = None,
     saes: Mapping[str, SAE] | None = None,
     labels: dict[int, str] | None = None,
+    policy: Policy | None = None,
     max_new_tokens: int = 40,
     chat: bool = True,
     picture: bool = True,
     tick: Tick = lambda step: None,
 ) -> Result:
-    """Steer a batch of ``rows``, check every promise, and write the files to ``out``.
+    """Steer a batch of ``rows``, ask questions under ``policy``, check every promise, write the files to ``out``.
 
-    ``model``, ``tokenizer`` and ``saes`` default to the demo model and the shipped SAEs that the plans name; ``tick``
-    is told what is being done.
+    ``model``, ``tokenizer``, ``saes`` and ``policy`` default to the demo model, the shipped SAEs that the plans name
+    and the shipped policy; ``tick`` is told what is being done.
     """
     start = time.perf_counter()
     if model is None:
         tick(f"loading {MODEL} (the first time it is fetched and kept)")
         model, tokenizer = load_model(MODEL)
+        policy = policy or load_policy(POLICY)
     if saes is None:
         tick("loading SAEs")
         names = dict.fromkeys(rule.sae for row in rows if row.plan for rule in row.plan.rules)
         saes = {name: load_sae(name) for name in names}
         labels = _labels(rows)
     scene = perform(model, tokenizer, saes, rows, max_new_tokens=max_new_tokens, chat=chat, tick=tick)
-    scene = replace(scene, labels=labels)
+    guard = None
+    if policy is not None:
+        pinned = [saes[pin.name] if pin.name in saes else load_sae(pin.source) for pin in policy.saes]
+        guard = run_guarded(model, tokenizer, policy, pinned, max_new_tokens=max_new_tokens, chat=chat, tick=tick)
     tick("drawing")
-    folder = Path(out)
+    made = Result(replace(scene, labels=labels), guard, (), 0.0)
+    files = _written(made, Path(out), picture=picture)
+    return replace(made, files=files, seconds=time.perf_counter() - start)
+
+
+def _written(result: Result, folder: Path, *, picture: bool) -> tuple[Path, ...]:
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / "report.json"
-    report.write_text(scene.to_json() + "\n", encoding="utf-8")
-    files = [report, write_page(scene, folder / "demo.html")]
+    report.write_text(result.to_json() + "\n", encoding="utf-8")
+    files = [report, write_page(result.scene, folder / "demo.html")]
     if picture:
-        files.append(write_picture(scene, folder / "demo.png"))
-    return Result(scene, tuple(files), time.perf_counter() - start)
+        files.append(write_picture(result.scene, folder / "demo.png"))
+    return tuple(files)
 
 
 def perform(
