@@ -54,7 +54,7 @@ test-saelens: $(SAELENS)/.made ## Compare the SAELens loader with sae-lens itsel
 	PYTHONPATH=. $(SAELENS)/bin/python -m pytest -p no:cacheprovider -c /dev/null --rootdir . tests/saelens $(ARGS)
 
 bench: $(VENV)/.demo ## Run every benchmark behind a claim of the README.
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m $$(echo $${script%.py} | tr / .); done
 
 dist: $(VENV)/.dev ## Build the sdist and the wheel.
 	$(BIN)/python -m build

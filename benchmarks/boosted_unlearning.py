@@ -5,7 +5,8 @@
 
 SmolLM2-135M-Instruct with the shipped late SAE and its biology boost. Latents are chosen by DSG's ratio on the texts,
 once among the base's latents and once among all, and turned around at every token (Scale by -s). Accuracy by
-log-likelihood (sum) on questions that nothing was chosen on, with Wilson intervals. The last line is JSON.
+log-likelihood (sum) on questions that nothing was chosen on, with Wilson intervals. The last line is JSON;
+without texts and questions it says that nothing was measured.
 """
 
 import argparse
@@ -55,9 +56,9 @@ def measure(model: Any, tokenizer: Any, sae: SAE, questions: list[Question], pla
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--forget", nargs="+", required=True)
-    parser.add_argument("--retain", nargs="+", required=True)
-    parser.add_argument("--questions", required=True)
+    parser.add_argument("--forget", nargs="+", default=[])
+    parser.add_argument("--retain", nargs="+", default=[])
+    parser.add_argument("--questions")
     parser.add_argument("--domain", default="biology")
     parser.add_argument("--keep", nargs="+", default=["physics", "history", "government_law"])
     parser.add_argument("--tokens", type=int, default=40_000)
@@ -65,6 +66,9 @@ def main() -> None:
     parser.add_argument("--top", type=int, nargs="+", default=[20, 50])
     parser.add_argument("--scale", type=float, nargs="+", default=[1.0, 3.0])
     given = parser.parse_args()
+    if not (given.forget and given.retain and given.questions):
+        print(json.dumps({"benchmark": "boosted_unlearning", "skipped": "give --forget, --retain and --questions"}))
+        return
     start = time.perf_counter()
     model, tokenizer = load_model("smollm2-135m-instruct")
     sae = load_sae(f"{BASE}+{given.domain}")

@@ -7,7 +7,7 @@ All options but --sample go to `saeguard guard fit`, which runs in a process of 
 time is that of the whole command, imports and loading included. The text is every row that the command puts through
 the model: questions in each format, and passages. The plain pass, over --sample tokens of those rows and scaled up,
 computes the logits of all tokens in float32, rows of about one length in a batch and no padding counted. Both use all
-cores. Ends with one line of JSON.
+cores. Ends with one line of JSON; without texts and questions it says that nothing was measured.
 """
 
 import argparse
@@ -80,8 +80,11 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=10)
     parser.add_argument("--chat-every", type=int, default=1)
     for name in ("--forget", "--retain", "--questions"):
-        parser.add_argument(name, action="append", required=True)
+        parser.add_argument(name, action="append", default=[])
     args, others = parser.parse_known_args()
+    if not (args.forget and args.retain and args.questions):
+        print(json.dumps({"benchmark": "guard_fit", "skipped": "give --forget, --retain and --questions"}))
+        return
     options = [*others, "--model", args.model, "--passages", str(args.passages), "--chat-every", str(args.chat_every)]
     options += [part for name in ("forget", "retain", "questions") for value in getattr(args, name)
                 for part in (f"--{name}", value)]  # fmt: skip

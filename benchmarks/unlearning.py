@@ -62,11 +62,11 @@ def run(setting: Setting, tell: Tell) -> dict[str, Any]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", type=Path, default=FOLDER / "biology.policy.json")
-    parser.add_argument("--questions", type=Path, nargs="+", required=True, help="to report; JSON lines with topics")
-    parser.add_argument("--train", type=Path, nargs="+", required=True, help="to choose and calibrate on")
-    parser.add_argument("--forget", type=Path, nargs="+", required=True, help="texts about the topic")
-    parser.add_argument("--retain", type=Path, nargs="+", required=True, help="texts about other things")
-    parser.add_argument("--benign", type=Path, nargs="+", required=True, help="texts for KL and perplexity")
+    parser.add_argument("--questions", type=Path, nargs="+", default=[], help="to report; JSON lines with topics")
+    parser.add_argument("--train", type=Path, nargs="+", default=[], help="to choose and calibrate on")
+    parser.add_argument("--forget", type=Path, nargs="+", default=[], help="texts about the topic")
+    parser.add_argument("--retain", type=Path, nargs="+", default=[], help="texts about other things")
+    parser.add_argument("--benign", type=Path, nargs="+", default=[], help="texts for KL and perplexity")
     parser.add_argument("--topics", nargs="+", default=["biology", "physics", "history", "government_law", "chemistry",
                                                         "psychology", "anthropology", "astronomy"])  # fmt: skip
     parser.add_argument("--topic", default="biology", help="what is to be forgotten, one of --topics")
@@ -100,6 +100,10 @@ def load(given: argparse.Namespace) -> Setting:
 
 def main() -> None:
     given, started = arguments(), time.perf_counter()
+    if not all((given.questions, given.train, given.forget, given.retain, given.benign)):
+        needed = "--questions, --train, --forget, --retain and --benign"
+        print(json.dumps({"benchmark": "unlearning", "skipped": f"give {needed}"}))
+        return
     console = Console(stderr=True)
     tell = lambda stage: console.print(
         f"{time.perf_counter() - started:6.0f} s  {stage}", markup=False, highlight=False

@@ -122,6 +122,10 @@ def test_folder_of_other_work_and_broken_shards_are_refused_by_name(tmp_path):
     next(tmp_path.glob("*.safetensors")).write_bytes(b"no")
     with pytest.raises(TrainError, match="they cannot be read"):
         gather_latents(model, sae, rows, tmp_path)
+    for text in ("{", "3"):
+        (tmp_path / "latents.json").write_text(text)
+        with pytest.raises(TrainError, match="latents.json cannot be read"):
+            gather_latents(model, sae, rows, tmp_path)
     with pytest.raises(TrainError, match="there are no rows"):
         gather_latents(model, sae, (), tmp_path)
 

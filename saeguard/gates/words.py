@@ -86,12 +86,8 @@ class Words:
         """Raises `TokensUnknown`."""
         q, e, before, any_before = state
         one = seen[0]
-        if one.ids is None:
-            raise TokensUnknown(
-                "a gate on words", "this forward pass was given embeddings, so its token ids are unknown",
-                "Pass input_ids, or use a gate that reads a stream.",
-            )  # fmt: skip
-        found = torch.stack(self._look(one.ids.cpu().long(), one.counts.cpu(), before.cpu()), -1).to(q.device)
+        ids = known_ids(one)
+        found = torch.stack(self._look(ids.cpu(), one.counts.cpu(), before.cpu()), -1).to(q.device)
         scores, both = [], torch.stack([q, e], -1)
         for column in range(found.shape[1]):
             moved = torch.cat([both[:, 1:], found[:, column, None]], dim=1)
@@ -101,7 +97,7 @@ class Words:
         any_counted = latest(one.counts, any_before)
         score = torch.stack(scores, 1) if scores else torch.zeros(one.counts.shape, dtype=torch.float64)
         score = score.to(any_counted.device).masked_fill(~any_counted, -torch.inf)
-        now = carried(counted_before(one.ids.long(), one.counts, before)[1], before)
+        now = carried(counted_before(ids, one.counts, before)[1], before)
         after = (both[..., 0].clone(), both[..., 1].clone(), now, carried(any_counted, any_before))
         return after, Verdict(score > self.threshold, score)
 
@@ -145,6 +141,16 @@ class Table:
             return torch.zeros(len(self.numbers), *wanted.shape, dtype=torch.float64)
         place = torch.searchsorted(self.keys, wanted.contiguous()).clamp_max(len(self.keys) - 1)
         return torch.where(self.keys[place] == wanted, self.numbers[:, place], 0.0)
+
+
+def known_ids(seen: Seen) -> Int[Tensor, "batch pos"]:
+    """The token ids of a pass. Raises `TokensUnknown`."""
+    if seen.ids is None:
+        raise TokensUnknown(
+            "a gate on words", "this forward pass was given embeddings, so its token ids are unknown",
+            "Pass input_ids, or use a gate that reads a stream.",
+        )  # fmt: skip
+    return seen.ids.long()
 
 
 def counted_before(

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saeguard.errors import BadRule, TokensUnknown
+from saeguard.errors import BadRule
 from saeguard.gates.base import Leaf, Seen, State, Verdict, carried, latest
 from saeguard.gates.checks import as_weights, one_number
 from saeguard.gates.evidence import Hits
-from saeguard.gates.words import NONE, Table, as_ids, check_once, counted_before, pair_keys, pairs_at
+from saeguard.gates.words import NONE, Table, as_ids, check_once, counted_before, known_ids, pair_keys, pairs_at
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,8 @@ class WordsCusum:
         """Raises `TokensUnknown`."""
         piled, before, any_before = state
         one = seen[0]
-        if one.ids is None:
-            raise TokensUnknown(
-                "a gate on words", "this forward pass was given embeddings, so its token ids are unknown",
-                "Pass input_ids, or use a gate that reads a stream.",
-            )  # fmt: skip
-        q, scores = self._look(one.ids.cpu().long(), one.counts.cpu(), before.cpu()).to(piled.device), []
+        ids = known_ids(one)
+        q, scores = self._look(ids.cpu(), one.counts.cpu(), before.cpu()).to(piled.device), []
         for column in range(q.shape[1]):
             moved = (piled + (q[:, column] - self.drift)).clamp_min(0)
             piled = torch.where(one.counts[:, column], moved, piled)
@@ -85,7 +81,7 @@ class WordsCusum:
         any_counted = latest(one.counts, any_before)
         score = torch.stack(scores, 1) if scores else torch.zeros(one.counts.shape, dtype=torch.float64)
         score = score.to(any_counted.device).masked_fill(~any_counted, -torch.inf)
-        now = carried(counted_before(one.ids.long(), one.counts, before)[1], before)
+        now = carried(counted_before(ids, one.counts, before)[1], before)
         return (piled, now, carried(any_counted, any_before)), Verdict(score > self.threshold, score)
 
     def __hash__(self) -> int:

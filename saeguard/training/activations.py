@@ -8,7 +8,6 @@ layer measured, and it cannot overflow.
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from saeguard.engines.layouts import LAYOUTS
 from saeguard.errors import TrainError, UnsupportedModel
 from saeguard.sites import Site
+from saeguard.training.claims import claim
 from saeguard.training.corpus import Chunks
 
 logger = logging.getLogger("saeguard.training")
@@ -117,20 +117,7 @@ def _claim(store: ActivationStore, model: nn.Module, sites: Sequence[Site]) -> N
         "chunks": store.chunks.fingerprint(),
         "rows_per_shard": store.rows_per_shard,
     }
-    manifest = store.folder / MANIFEST
-    if not manifest.exists():
-        partial = manifest.with_suffix(".partial")
-        partial.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
-        os.replace(partial, manifest)
-        return
-    found = json.loads(manifest.read_text(encoding="utf-8"))
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise TrainError(
-                f"activations in {store.folder} with {key} {value}",
-                f"the folder holds activations with {key} {found.get(key)}",
-                "Give another folder, or remove this one to compute them again.",
-            )
+    claim(store.folder / MANIFEST, "activations", wanted)
 
 
 def _write_shard(reader: "Reader", store: ActivationStore, shard: int, batch_rows: int) -> None:

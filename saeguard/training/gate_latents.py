@@ -23,6 +23,7 @@ from saeguard.errors import TrainError
 from saeguard.fingerprints import model_fingerprint
 from saeguard.sae import SAE
 from saeguard.training.activations import Reader
+from saeguard.training.claims import claim
 from saeguard.training.gate_rows import GateRow
 
 SCHEMA = 1
@@ -98,20 +99,7 @@ def _claim(folder: Path, model: nn.Module, sae: SAE, rows: Sequence[GateRow], ex
         "schema": SCHEMA, "model": model_fingerprint(model), "sae": sae.fingerprint(), "site": str(sae.site),
         "rows": text, "exact": exact, "rows_per_shard": rows_per_shard,
     }  # fmt: skip
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        partial = manifest.with_suffix(".partial")
-        partial.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
-        os.replace(partial, manifest)
-        return
-    found = json.loads(manifest.read_text(encoding="utf-8"))
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise TrainError(
-                f"latents in {folder} with {key} {value!s:.40}",
-                f"the folder holds latents with {key} {found.get(key)!s:.40}",
-                "Give another folder, or remove this one to compute them again.",
-            )
+    claim(folder / MANIFEST, "latents", wanted)
 
 
 def _latents(reader: Reader, sae: SAE, rows: Sequence[GateRow]) -> dict[str, Tensor]:
