@@ -188,7 +188,7 @@ def prepare(
         _check_fit(loaded[bound.rule.sae], places[bound.reads], places[bound.site], engine)
         _check_gate(bound, loaded, places, engine)
     loaded = {name: _corrected(name, sae, rules, engine) for name, sae in loaded.items()}
-    _check_nesting([outer for outer in participants(model) if outer is not replaces], rules, loaded)
+    _check_nesting([outer for outer in participants(engine.model) if outer is not replaces], rules, loaded)
     editors = {
         site: Editor(site, rules, loaded, device=places[site].device, kernel=kernel)
         for site in dict.fromkeys(bound.site for bound in rules)

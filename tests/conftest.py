@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import transformers.modeling_utils  # noqa: F401  before jaxtyping's import hook, which would compile all of it anew
 from jaxtyping import config as jaxtyping_config
 
 from saeguard.engines import session

@@ -25,7 +25,8 @@ LAYERS = [
     {"ledger"},
     {"engines", "reports"},
     {"steering", "capturing"},
-    {"scoring", "guarding", "training", "evaluating", "drawing"},
+    {"scoring", "guarding", "training", "evaluating", "drawing", "hooks"},
+    {"checking"},
     {"models", "cli", "demo", "serving"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -6,6 +6,7 @@ from saeguard.cli import (
     assets,
     auditing,
     boosting,
+    checking,
     console,
     demo,
     evaluating,
@@ -61,6 +62,7 @@ app.add_typer(evaluating.app, name="eval")
 app.command("assets")(assets.assets)
 app.command("inspect")(sources.inspect)
 app.command("convert")(sources.convert)
+app.command("check")(checking.check)
 app.command("error")(judging.error)
 app.command("compare")(judging.compare)
 app.command("models")(models.models)

@@ -1,6 +1,6 @@
 """What an engine owes the layers above: sites to places, and what a call says about its tokens."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -133,8 +133,21 @@ class Pass:
 
 
 @runtime_checkable
-class Engine(Protocol):
-    """The adapter to one framework, bound to one model."""
+class Reader(Protocol):
+    """How the generate calls of one object are read: before they start, and once they have ended."""
+
+    def read_request(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
+        """Read the arguments of a generate call. Raises `UnsupportedMode`, `TokensUnknown`."""
+        ...
+
+    def read_outcome(self, output: Any, request: Request) -> Outcome | None:
+        """What a generate call did, from what it returned."""
+        ...
+
+
+@runtime_checkable
+class Engine(Reader, Protocol):
+    """The adapter to one framework, bound to one model; as a reader, of the generate that its users call."""
 
     model: nn.Module
     name: str
@@ -174,16 +187,12 @@ class Engine(Protocol):
         """The cache that a forward call returned, or None."""
         ...
 
-    def read_request(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
-        """Read the arguments of a generate call. Raises `UnsupportedMode`."""
+    def entrances(self) -> Sequence[tuple[nn.Module, Reader]]:
+        """The objects whose ``generate`` makes passes of the model, and who reads their calls."""
         ...
 
     def is_generating(self) -> bool:
         """Whether the caller is a generate call of the model: one that no request was read for."""
-        ...
-
-    def read_outcome(self, output: Any, request: Request) -> Outcome | None:
-        """What a generate call did, from what it returned."""
         ...
 
 

@@ -3,7 +3,7 @@
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from saeguard.engines.base import Outcome, Pass, Place, Request
+from saeguard.engines.base import Outcome, Pass, Place, Reader, Request
 from saeguard.engines.layouts import LAYOUTS, Layout, Side
 from saeguard.engines.requests import read_outcome, read_request
 from saeguard.engines.traced import is_traced
@@ -151,6 +151,9 @@ class HuggingFace:
 
     def read_outcome(self, output: Any, request: Request) -> Outcome | None:
         return read_outcome(output, request)
+
+    def entrances(self) -> Sequence[tuple[nn.Module, Reader]]:
+        return ((self.model, self),)
 
     def is_generating(self) -> bool:
         frame = sys._getframe(1)

@@ -18,7 +18,7 @@ from torch import nn
 
 from saeguard.axes import Stream
 from saeguard.engines import inside
-from saeguard.engines.base import Engine, Pass, Place, outside_graphs
+from saeguard.engines.base import Engine, Pass, Place, Reader, outside_graphs
 from saeguard.engines.calls import Call, Forward, Participant, View, stream_at, tokens_of, unseen
 from saeguard.engines.memories import Memories
 from saeguard.engines.watched import Watched, restore
@@ -142,20 +142,21 @@ class Session:
         self._root.callback(before.remove)
         after = model.register_forward_hook(outside_graphs(self._after), always_call=True)
         self._root.callback(after.remove)
-        generate: Any = getattr(model, "generate", None)
-        if callable(generate):
-            watched = Watched(model, self._watched(generate))
-            self._method.callback(restore, model, watched, model.__dict__.get("generate"))
-            model.__dict__["generate"] = watched
+        for owner, reader in self.engine.entrances():
+            generate: Any = getattr(owner, "generate", None)
+            if callable(generate):
+                watched = Watched(owner, self._watched(generate, reader))
+                self._method.callback(restore, owner, watched, owner.__dict__.get("generate"))
+                owner.__dict__["generate"] = watched
 
-    def _watched(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+    def _watched(self, generate: Callable[..., Any], reader: Reader) -> Callable[..., Any]:
         """``generate`` with its request read before the first pass."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if not self.participants or self._is_muted:  # somebody kept ``model.generate`` from inside the block
                 return generate(*args, **kwargs)
             self._check_caller()
-            request = self.engine.read_request(args, kwargs)
+            request = reader.read_request(args, kwargs)
             call = Call(request, blocks=tuple(self.participants))
             outer, self._local.call = getattr(self._local, "call", None), call
             self._begin()
@@ -167,7 +168,7 @@ class Session:
                 self._local.call = outer
                 self._end()
             self._check_ran(call)
-            outcome = self.engine.read_outcome(output, request)
+            outcome = reader.read_outcome(output, request)
             if outcome is not None:
                 if (call.reached or 0) < outcome.columns:
                     raise unseen(call, outcome.columns)

@@ -55,7 +55,7 @@ class SiteReader:
 
         Raises `ModelBusy` inside a steer block: a score is about the model as it is.
         """
-        if any(participant.editors for participant in participants(self.model)):
+        if any(participant.editors for participant in participants(self.engine.model)):
             raise ModelBusy(
                 f"scores on {type(self.model).__name__}",
                 "a steer block is open on it, and scores are about the model without edits",
