@@ -424,6 +424,20 @@ def test_small_divergences_do_not_cancel():
     assert divergence(logits.log_softmax(-1), logits.log_softmax(-1)[None]).tolist() == [0.0]
 
 
+def test_large_divergences_are_numbers():
+    plain, pushed = torch.zeros(50), torch.zeros(2, 50)
+    plain[0] = -200.0  # less than a float32 probability can be
+    pushed[0, 0], pushed[1, 1] = 300.0, -500.0
+    clean, rows = plain.log_softmax(-1), pushed.log_softmax(-1)
+
+    found = divergence(clean, rows)
+
+    exact = (clean.double().exp() * (clean.double() - rows.double())).sum(-1)
+    assert found.tolist() == pytest.approx(exact.tolist(), rel=1e-4)
+    impossible = torch.tensor([float("-inf"), 0.0])
+    assert divergence(impossible, impossible[None]).tolist() == [0.0]
+
+
 # logit lens
 
 

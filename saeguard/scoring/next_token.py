@@ -155,10 +155,13 @@ def own_tokens(
 
 
 def divergence(clean: Float[Tensor, " vocab"], log_p: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
-    """KL(clean || row) in nats, as the sum of p (exp(-d) - 1 + d) with d = log p - log p', in which small differences
-    do not cancel."""
-    d = clean - log_p
-    return (torch.expm1(-d) + d) @ clean.exp()
+    """KL(clean || row) in nats, as the sum of p (exp(-d) - 1 + d) = p' - p + p d with d = log p - log p'.
+
+    The first form is for small d, in which nothing cancels, the second for those whose exp(-d) no float holds.
+    """
+    d, p, there = clean - log_p, clean.exp(), log_p.exp()
+    far = torch.where(p > 0, there - p + p * d, there)
+    return torch.where(d.abs() < 1, p * (torch.expm1(-d) + d), far).sum(-1)
 
 
 def provenance(model: nn.Module, prefixes: Sequence[Prefix], **settings: Any) -> dict[str, Any]:
