@@ -49,9 +49,10 @@ format: $(VENV)/.dev ## Rewrite the code and the README's map as `check` wants t
 	$(BIN)/ruff format .
 	$(BIN)/python tests/readme_map.py --write
 	$(BIN)/python tests/readme_families.py --write
+	$(BIN)/python -W ignore tests/engine_table.py --write
 
-test-saelens: $(SAELENS)/.made ## Compare the SAELens loader with sae-lens itself, in an environment of its own.
-	PYTHONPATH=. $(SAELENS)/bin/python -m pytest -p no:cacheprovider -c /dev/null --rootdir . tests/saelens $(ARGS)
+test-saelens: $(SAELENS)/.made ## Tests beside sae-lens, TransformerLens 3 and torchao, in an environment of their own.
+	PYTHONPATH=. $(SAELENS)/bin/python -m pytest -p no:cacheprovider -c /dev/null --rootdir . tests/saelens tests/test_quantised.py $(ARGS)
 
 bench: $(VENV)/.demo ## Run every benchmark behind a claim of the README.
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m $$(echo $${script%.py} | tr / .); done
@@ -71,7 +72,8 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# sae-lens pins transformer-lens < 4 and brings a hundred packages, so it gets no pins but torch's.
+# sae-lens pins transformer-lens < 4 and brings a hundred packages, so it gets few pins. torchao is imported by
+# transformers wherever it is, which takes seconds and prints warnings.
 $(SAELENS)/.made: tests/saelens/requirements.txt
 	$(PYTHON) -m venv $(SAELENS)
 	$(SAELENS)/bin/python -m pip install --quiet -r tests/saelens/requirements.txt

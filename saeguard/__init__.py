@@ -11,6 +11,7 @@ if typing.TYPE_CHECKING:
     from saeguard.capturing import Tape, capture
     from saeguard.dense import Misdirect, Project, Reweight, Splice
     from saeguard.engines.layouts import Layout
+    from saeguard.engines.sitemaps import At, SiteMap
     from saeguard.errors import SaeguardError
     from saeguard.evaluating.self_check import self_check
     from saeguard.loaders import load_sae, open_sae
@@ -32,6 +33,7 @@ __all__ = [
     "Ablate",
     "Add",
     "AnyActive",
+    "At",
     "AtLeast",
     "AtMost",
     "Boosted",
@@ -49,6 +51,7 @@ __all__ = [
     "SaeguardError",
     "Scale",
     "Site",
+    "SiteMap",
     "Splice",
     "Tape",
     "base_of",
@@ -68,6 +71,7 @@ _HOMES = {
     "capturing": ("Tape", "capture"),
     "dense": ("Misdirect", "Project", "Reweight", "Splice"),
     "engines.layouts": ("Layout",),
+    "engines.sitemaps": ("At", "SiteMap"),
     "errors": ("SaeguardError",),
     "evaluating.self_check": ("self_check",),
     "loaders": ("load_sae", "open_sae"),

@@ -6,16 +6,17 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from saeguard.axes import Stream
 from saeguard.editor import Edit, Editor
 from saeguard.engines import engine_for
-from saeguard.engines.base import Request, places_of
+from saeguard.engines.base import Model, Request, places_of
 from saeguard.engines.calls import View
 from saeguard.engines.layouts import Layout
 from saeguard.engines.session import bind as bind_to
 from saeguard.engines.session import join, leave
+from saeguard.engines.sitemaps import SiteMap
 from saeguard.errors import SiteNotFound, UnsupportedMode
 from saeguard.ledger import CallRecord
 from saeguard.sites import Site
@@ -90,11 +91,11 @@ class Tape:
 
 @contextmanager
 def capture(
-    model: nn.Module,
+    model: Model,
     sites: Site | str | Iterable[Site | str],
     *,
     side: Literal["before", "after"] = "after",
-    layout: Layout | None = None,
+    layout: Layout | SiteMap | None = None,
 ) -> Iterator[Tape]:
     """Record the stream at ``sites`` in every forward pass of ``model`` inside the block.
 

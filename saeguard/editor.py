@@ -5,14 +5,14 @@ plans and nested contexts. Models and hooks are not known here: see engines/.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saeguard.axes import Fired, Mask, Stream
-from saeguard.errors import SiteNotFound
+from saeguard.errors import OpMismatch, SiteNotFound
 from saeguard.gating import BoundGate, BoundLeaf, Gating, Memory
 from saeguard.kernels.dense_parts import DensePart, lay_out_dense
 from saeguard.kernels.parts import Part, lay_out
@@ -102,15 +102,30 @@ class Edit:
     changed: Mask
     parts: tuple[PartEdit | DenseEdit, ...]
 
+    def detached(self) -> "Edit":
+        """The same without what autograd keeps alive through it, for the ledger."""
+        if not self.dx.requires_grad:
+            return self
+        parts = (
+            replace(part, df=part.df.detach(), scale=None if part.scale is None else part.scale.detach())
+            if isinstance(part, PartEdit)
+            else part
+            for part in self.parts
+        )
+        return replace(self, dx=self.dx.detach(), parts=tuple(parts))
+
 
 def bind(plans: Sequence[Plan | None], saes: Mapping[str, SAE], *, every_row: bool) -> tuple[BoundRule, ...]:
     """Settle sites, merge rules that several plans share, and refuse rules of one row that contradict each other.
 
-    Raises `SiteNotFound` when neither the rule nor its SAE says where, `OverlappingRules`.
+    Raises `SiteNotFound` when neither the rule nor its SAE says where, `OverlappingRules`, and `OpMismatch` for rules
+    that read activations of plain vectors.
     """
     found: dict[tuple[Rule, Site, Site], set[int]] = {}
     for index, plan in enumerate(plans):
         rules = plan.rules if plan is not None else ()
+        for rule in rules:
+            _check_vectors(rule, saes)
         sited = [(rule, *_sites(rule, saes[rule.sae])) for rule in rules]
         check_overlaps((rule, (saes[rule.sae].key, reads, site)) for rule, reads, site in sited)
         for key in sited:
@@ -119,6 +134,19 @@ def bind(plans: Sequence[Plan | None], saes: Mapping[str, SAE], *, every_row: bo
         BoundRule(rule, site, None if every_row else frozenset(owners), reads, _bound_gate(rule, reads, saes))
         for (rule, reads, site), owners in found.items()
     )
+
+
+def _check_vectors(rule: Rule, saes: Mapping[str, SAE]) -> None:
+    """Raise `OpMismatch` where a rule, its trigger or its gate reads activations of plain vectors, which have none."""
+    watched = [leaf.sae or rule.sae for leaf in (rule.gate.leaves if rule.gate is not None else ()) if leaf.latents]
+    reads = rule.needs_all if rule.is_dense else rule.lowered.reads
+    asked = {rule.sae: rule.trigger or (rule.op if reads else None), **dict.fromkeys(watched, "a gate")}
+    for name, reader in asked.items():
+        if reader is not None and saes[name].is_vectors:
+            raise OpMismatch(
+                f"{reader} on {name}", "its latents are plain vectors, which have no activations",
+                "Use Add, and let a gate watch an SAE: Hits(latents, sae=...).",
+            )  # fmt: skip
 
 
 def _bound_gate(rule: Rule, reads: Site, saes: Mapping[str, SAE]) -> BoundGate | None:
@@ -225,6 +253,10 @@ class Editor:
         for more, other in parts[1:]:
             dx = dx + more
             changed = changed | other.changed
+        if dx.requires_grad:  # an edit that is 0 here and now can have a gradient, as a clamp to f itself does
+            dx = -(0.0 - dx)  # its zeros become -0.0, and x + -0.0 has the bits of x
+            for edit in (edits, *(other for _, other in parts[1:])):
+                changed = changed | edit.selected.any(-1)
         return Edit(dx, changed, tuple(edit for _, edit in parts))
 
     def _edit(self, number: int, x: Tensor, y: Stream, tokens: TokenBatch,

@@ -7,7 +7,8 @@
     |  |- OverlappingRules      two rules set the same latent of the same row
     |  |- UnknownSchema         the file was written by a newer saeguard
     |  |- UnknownOp             the file names an op that this version does not have
-    |  '- BadPlanFile           the file is not a plan: truncated, oversized, not JSON, unknown fields
+    |  |- BadPlanFile           the file is not a plan: truncated, oversized, not JSON, unknown fields
+    |  '- NotConstant           more than one vector added everywhere, which a file of vectors cannot say
     |- BindError              the plan does not fit this model or this batch
     |  |- UnsupportedModel      no site table for this architecture, or a wrapper was given
     |  |- CompiledModel         torch.compile traced this model before the hooks were there
@@ -53,6 +54,7 @@
     |  '- PolicyMismatch        the model, the tokenizer or an SAE is not the one it was made for
     '- GuardError             the model may have run without its edits
        |- GuardNotApplied       a forward pass went by and an edit did not run
+       |- CanaryFailed          a probe, tried before a block began, did not arrive as it should
        |- PlanNeverRan          the block ended and the model was never called
        |- UnstableEdit          an edit produced NaN or infinity
        |- GateFailed            a gate has no score, or has not seen what it decides on
@@ -107,6 +109,10 @@ class UnknownOp(PlanError):
 
 class BadPlanFile(PlanError):
     """The text is not a plan: truncated, oversized, not JSON, or with unknown fields."""
+
+
+class NotConstant(PlanError):
+    """A plan does more than add one vector at every token, so that no file of vectors can stand for it."""
 
 
 class BindError(SaeguardError):
@@ -287,6 +293,10 @@ class GuardError(SaeguardError):
 
 class GuardNotApplied(GuardError):
     """A forward pass went by and an edit that it had to make did not run."""
+
+
+class CanaryFailed(GuardError):
+    """Two passes of a few tokens, made before a block began, show that edits of this model go wrong."""
 
 
 class PlanNeverRan(GuardError):

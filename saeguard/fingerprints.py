@@ -11,6 +11,7 @@ truncation, the device.
 import hashlib
 import json
 import struct
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ NOT_OF_THE_CONFIG = frozenset({
 })  # fmt: skip
 """Entries that change no number of a forward pass in eval mode; dtypes are those of the weights."""
 NOT_OF_THE_CONFIG_ENDINGS = ("dropout", "_pdrop", "_token_id", "name_or_path")
+
+
+_OF_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling", "fan_in_fan_out", "use_dora")
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -44,6 +48,8 @@ def model_fingerprint(model: nn.Module) -> str:
             seen.add(place)
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    for line in _adapters(model):
+        digest.update(line.encode())
     return digest.hexdigest()
 
 
@@ -79,6 +85,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         "split_special": bool(getattr(tokenizer, "split_special_tokens", False)),
         "chat_template": getattr(tokenizer, "chat_template", None),
     })  # fmt: skip
+
+
+def _adapters(model: nn.Module) -> Iterator[str]:
+    """What the weights of PEFT's adapters do not say: which of them act, how strongly, and which are merged."""
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            facts = {fact: value for fact in _OF_ADAPTERS if (value := vars(module).get(fact)) is not None}
+            yield f"{name} {type(module).__name__} {json.dumps(facts, sort_keys=True, default=str)}" if facts else ""
 
 
 def _acting(value: Any) -> Any:

@@ -12,14 +12,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from saeguard.axes import Stream
 from saeguard.engines.base import Pass, Place
-from saeguard.engines.calls import Call, Forward, View, stream_at, tokens_of
-from saeguard.errors import GuardNotApplied, UnstableEdit, UnsupportedMode, UnsupportedModel
+from saeguard.errors import GuardNotApplied, UnsupportedMode, UnsupportedModel
+from saeguard.passes import OnePass
 from saeguard.plans import Plan
 from saeguard.sae import SAE
 from saeguard.sites import Site
@@ -53,7 +51,7 @@ def plan_as_hooks(
     if ready.engine.name != "TransformerLens":
         raise UnsupportedModel(
             f"hook functions for {type(bridge).__name__}",
-            f"its engine is {ready.engine.name}, which has no hook points",
+            f"its engine is {ready.engine.name}, and they are for bridges of TransformerLens",
             "Use steer(model, plan), or make a bridge with TransformerBridge.boot_transformers.",
         )
     run = Run(plans, ready, every_row=every_row, prompt_tokens=prompt_tokens)
@@ -67,7 +65,7 @@ class _Passing:
 
     def __init__(self, run: Run, places: Mapping[Site, Place], model: nn.Module, mask: Tensor | None):
         self._run, self._places, self._model, self._mask = run, places, model, mask
-        self._forward: Forward | None = None
+        self._editing: OnePass | None = None
 
     def begin(self, ids: Tensor, hook: Any) -> Tensor:
         """Start a pass over ``ids``. Raises `UnsupportedMode`, `TokensUnknown`."""
@@ -79,47 +77,22 @@ class _Passing:
                 "Run the whole text in one pass without a cache, or use steer(bridge, plan).",
             )
         rows, width = ids.shape
-        call = Call(None)
-        record = call.records[self._run] = self._run.open_record(None)
-        seen = Pass(rows, width, 0, None, ids, self._mask, ids.device)
-        view = View(tokens_of(seen, self._run, None), self._run.cover(rows, None).to(ids.device), record)
-        self._forward = Forward(call, {self._run: view}, rows, width, frozenset(self._places))
+        self._editing = OnePass(self._run, self._places, Pass(rows, width, 0, None, ids, self._mask, ids.device))
         return ids
 
     def change_at(self, site: Site) -> Callable[..., Tensor]:
         """The function for ``site``."""
 
         def change(carried: Tensor, hook: Any) -> Tensor:
-            return self._changed(site, carried.flatten(2)).view_as(carried)  # attn.hook_z shows heads side by side
+            if self._editing is None:
+                raise GuardNotApplied(
+                    f"an edit at {site} by a hook function",
+                    f"{_IDS} was not passed before",
+                    "Give all functions that plan_as_hooks made, to one call of the whole bridge.",
+                )
+            return self._editing.change(site, carried.flatten(2)).view_as(carried)  # attn.hook_z shows heads apart
 
         return change
-
-    def _changed(self, site: Site, carried: Stream) -> Stream:
-        forward, place = self._forward, self._places[site]
-        if forward is None or site in forward.ran or carried.shape[:2] != (forward.rows, forward.width):
-            raise GuardNotApplied(
-                f"an edit at {site} by a hook function",
-                f"{_IDS} was not passed before, or with other tokens",
-                "Give all functions that plan_as_hooks made, to one call of the whole bridge.",
-            )
-        forward.ran.add(site)
-        base = None if place.base is None else stream_at(forward, place.base, site)
-        x, editor = place.value(carried, base), self._run.editors.get(site)
-        forward.streams[site] = x
-        if editor is None:
-            return carried
-        (view,) = forward.views.values()
-        streams = {other: stream_at(forward, other, site) for other in editor.reads}
-        edit = editor(x, view.tokens, view.covers, streams, view.record.memory)
-        view.record.memory.check(view.tokens)
-        after = torch.where(edit.changed[..., None], place.add(carried, edit.dx), carried)
-        if bool((edit.changed & ~torch.isfinite(after).all(-1)).any()):
-            raise UnstableEdit(
-                f"an edit at {site}", "an edited vector holds NaN or infinity",
-                "Use smaller amounts, or a dtype with more range.",
-            )  # fmt: skip
-        forward.streams[site] = place.value(after, base)
-        return after
 
 
 def _columns_before(model: nn.Module) -> int:

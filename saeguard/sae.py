@@ -169,6 +169,11 @@ class SAE:
         """Whether it writes another site than it reads."""
         return self.site_out is not None
 
+    @property
+    def is_vectors(self) -> bool:
+        """Whether its latents are plain vectors without an encoder, which no x activates; see `loaders.vectors`."""
+        return self.manifest.get("vectors") is True
+
     def read(self, x: Float[Tensor, "*tokens d_in"]) -> Normed:
         """x as the encoder reads it, in float32, with the scale and shift by which a reconstruction goes back."""
         normed = NORMS[self.norm](x.float(), self.eps)

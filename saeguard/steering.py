@@ -11,15 +11,18 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from saeguard.axes import Stream
+from saeguard.canary import canary as try_canary
 from saeguard.editor import BoundRule, Edit, Editor, bind
 from saeguard.engines import engine_for
-from saeguard.engines.base import Engine, Place, Request, places_of
+from saeguard.engines.base import Engine, Model, Place, Request, places_of
 from saeguard.engines.calls import View
 from saeguard.engines.corrections import on_plain_weights
-from saeguard.engines.fit import check_model
+from saeguard.engines.fit import check_model, check_positions
 from saeguard.engines.layouts import Layout
+from saeguard.engines.placement import check_ranks
 from saeguard.engines.session import bind as bind_to
 from saeguard.engines.session import join, leave, participants
+from saeguard.engines.sitemaps import SiteMap
 from saeguard.errors import (
     AmbiguousSAE,
     BadRule,
@@ -32,6 +35,7 @@ from saeguard.errors import (
 from saeguard.kernels.pick import KernelName
 from saeguard.ledger import CallRecord, Entry
 from saeguard.loaders import load_sae
+from saeguard.loaders.live import SAEs, as_ours
 from saeguard.plans import Plan, check_dense
 from saeguard.reports import Report, report
 from saeguard.sae import SAE
@@ -39,6 +43,8 @@ from saeguard.sites import Site
 
 _COMPARED = 8
 """Latents by which two SAEs that were read in part are told apart."""
+
+_GUIDED = " If classifier-free guidance passes each row twice, those without a condition first: [None] * n + plans."
 
 Plans = Plan | None | Sequence[Plan | None]
 P = ParamSpec("P")
@@ -76,6 +82,10 @@ class Run:
         self.special_ids: Int[Tensor, " n"] = torch.tensor(sorted(ready.special_ids), dtype=torch.long)
         self.prompt_tokens = prompt_tokens
         self.calls: list[CallRecord] = []
+        self.engine = ready.engine.name
+        """Which engine steers the model: "transformers", "TransformerLens", "nnsight", ..."""
+        self.canary = "not asked for"
+        """What came of the probe before the block: "passed", or why there was none; see `saeguard.canary`."""
         self._every_row = every_row
         self._covers: dict[tuple[int, int], Bool[Tensor, "batch rules"]] = {}
 
@@ -96,7 +106,9 @@ class Run:
                 raise RowsMismatch(
                     f"{len(self.plans)} plans, one per row",
                     f"the batch has {rows} rows" + (f" for {copies} sequences per request" if copies > 1 else ""),
-                    "Give as many plans as rows (None for a row to leave alone), or one plan for all rows.",
+                    "Give as many plans as rows (None for a row to leave alone), or one plan for all rows. What makes "
+                    "batches by itself, such as a pipeline, has to make them of that batch_size."
+                    + (_GUIDED if rows == 2 * len(self.plans) else ""),
                 )
             owner = torch.arange(rows) // copies
             columns = [
@@ -119,38 +131,48 @@ class Run:
         if edit is not None:
             norm = torch.linalg.vector_norm(before.detach().float(), dim=-1)
             moved = (before != after).any(-1)
-            view.record.track(site).add(Entry(view.tokens, view.covers, edit, norm, moved))
+            view.record.track(site).add(Entry(view.tokens, view.covers, edit.detached(), norm, moved))
 
 
 @contextmanager
 def steer(
-    model: nn.Module,
+    model: Model,
     plan: Plans,
     *,
-    saes: SAE | Iterable[SAE] | Mapping[str, SAE] = (),
+    saes: SAEs = (),
     tokenizer: Any = None,
     special_ids: Iterable[int] | None = None,
     prompt_tokens: int | Sequence[int] | None = None,
-    layout: Layout | None = None,
+    layout: Layout | SiteMap | None = None,
     kernel: KernelName | None = None,
+    canary: bool = True,
 ) -> Iterator[Run]:
     """Apply ``plan`` to every forward pass of ``model`` inside the block, and leave no trace after it.
 
     A list gives one plan per row of the batch, None for rows that stay bit-identical to the plain model. Rules find
-    their SAE by name among ``saes``, or else through `load_sae`. Special tokens are those of ``special_ids`` or
-    ``tokenizer``, and else of the SAEs' manifests and the model's configuration. Outside ``generate`` rules for the
-    prompt or for generated tokens need ``prompt_tokens``, the number of real prompt tokens. Blocks nest: the rules
-    of all open blocks are joint, as if they stood in one plan.
+    their SAE by name among ``saes``, ours or live ones of sae_lens, or else through `load_sae`. Special tokens are
+    those of ``special_ids`` or ``tokenizer``, and else of the SAEs' manifests and the model's configuration. Outside
+    ``generate`` rules for the prompt or for generated tokens need ``prompt_tokens``, the number of real prompt tokens.
+    Blocks nest: the rules of all open blocks are joint, as if they stood in one plan. ``layout`` says where the sites
+    of a model are that no table knows: a `Layout` if it is called as those of transformers are, else a `SiteMap`.
 
-    Raises `BindError` before the model is touched when anything does not fit, `ModelBusy` when another thread has a
-    block open, `GuardError` from a pass whose edits cannot be exact, and `PlanNeverRan` at the end of a block in
-    which the model was never called.
+    Before the first block on a model two passes of eight tokens show that edits arrive where they should, unless
+    ``canary`` is False: `saeguard.canary` says what they see, and ``run.canary`` what came of it.
+
+    Whatever the model's dtype, activations and edits are computed in float32 from the stream as it is, and the edited
+    stream is rounded to its own dtype once. They run where the stream is: SAEs follow the layers of a device map.
+
+    Raises `BindError` before the model is touched when anything does not fit, `CanaryFailed`, `ModelBusy` when another
+    thread has a block open, `GuardError` from a pass whose edits cannot be exact, and `PlanNeverRan` at the end of a
+    block in which the model was never called.
     """
     every_row = plan is None or isinstance(plan, Plan)
     plans: list[Plan | None] = [plan] if plan is None or isinstance(plan, Plan) else list(plan)
     ready = prepare(model, plans, every_row=every_row, saes=saes, tokenizer=tokenizer, special_ids=special_ids,
                     layout=layout, kernel=kernel)  # fmt: skip
     run = Run(plans, ready, every_row=every_row, prompt_tokens=_prompt_tokens(prompt_tokens))
+    if canary:
+        run.canary = try_canary(ready.engine, ready.places, kernel)
     session = join(ready.engine, run, ready.places)
     try:
         yield run
@@ -165,14 +187,14 @@ def steer(
 
 
 def prepare(
-    model: nn.Module,
+    model: Model,
     plans: Sequence[Plan | None],
     *,
     every_row: bool,
-    saes: SAE | Iterable[SAE] | Mapping[str, SAE] = (),
+    saes: SAEs = (),
     tokenizer: Any = None,
     special_ids: Iterable[int] | None = None,
-    layout: Layout | None = None,
+    layout: Layout | SiteMap | None = None,
     kernel: KernelName | None = None,
     replaces: "Run | None" = None,
 ) -> "Ready":
@@ -187,18 +209,23 @@ def prepare(
     for bound in rules:
         _check_fit(loaded[bound.rule.sae], places[bound.reads], places[bound.site], engine)
         _check_gate(bound, loaded, places, engine)
+        check_positions(bound, places[bound.site])
     loaded = {name: _corrected(name, sae, rules, engine) for name, sae in loaded.items()}
     _check_nesting([outer for outer in participants(engine.model) if outer is not replaces], rules, loaded)
     editors = {
         site: Editor(site, rules, loaded, device=places[site].device, kernel=kernel)
         for site in dict.fromkeys(bound.site for bound in rules)
     }
+    check_ranks(engine.model, repr((plans, sorted(sae.key for sae in loaded.values()))))
     return Ready(engine, places, rules, editors, loaded, _special_ids(special_ids, tokenizer, engine, loaded))
 
 
-def _load(plans: Sequence[Plan | None], saes: SAE | Iterable[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
-    listed: Any = [saes] if isinstance(saes, SAE) else saes
-    given: dict[str, SAE] = dict(listed) if isinstance(saes, Mapping) else _by_name(listed)
+def _load(plans: Sequence[Plan | None], saes: SAEs) -> dict[str, SAE]:
+    listed: Any = [saes] if isinstance(saes, SAE | nn.Module) else saes  # those of sae_lens can be iterated over
+    if isinstance(saes, Mapping):
+        given = {name: as_ours(sae) for name, sae in saes.items()}
+    else:
+        given = _by_name(map(as_ours, listed))
     wanted: dict[str, dict[int, None] | None] = {}  # None: a dense op needs all latents
     for rule in (rule for plan in plans if plan is not None for rule in plan.rules):
         for leaf in rule.gate.leaves if rule.gate else ():
@@ -225,6 +252,8 @@ def _load(plans: Sequence[Plan | None], saes: SAE | Iterable[SAE] | Mapping[str,
 
 def _is_one_dictionary(a: SAE, b: SAE) -> bool:
     """Whether two SAEs, read differently or with other boosts, have a latent in common, weights and all."""
+    if a.is_vectors and b.is_vectors and a.site != b.site:  # one vector may be added at several layers
+        return False
     n, also = (sae.n_base or sae.d_sae for sae in (a, b))
     if (n, a.d_in, a.d_out) != (also, b.d_in, b.d_out) or {a.held, b.held, a.n_base, b.n_base} == {None}:
         return False

@@ -164,8 +164,8 @@ def layer_replaced(model: nn.Module, block: Block) -> None:
 @refused(errors.GuardNotApplied, "resid_post.1: the forward pass ended and they had not run")
 def layer_skipped(model: nn.Module, block: Block) -> None:
     model = copy.deepcopy(model)
-    model.config.num_hidden_layers = 1
     with block(model):
+        model.config.num_hidden_layers = 1
         for name, child in list(backbone(model).named_children()):
             if child is blocks(model):
                 setattr(backbone(model), name, nn.ModuleList(list(child)[:1]))

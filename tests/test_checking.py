@@ -19,7 +19,7 @@ from tests.test_self_check import planted
 
 IDS = tiny.prompt(4, 80)
 LAWS = ("identity", "unplanned rows", "rows", "padding", "phase", "kernel", "residue")
-CLAIMS = ("fit", "site", "edit", "direction", *LAWS, "cost")
+CLAIMS = ("fit", "site", "edit", "direction", *LAWS, "canary", "cost")
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_command_shows_every_claim_and_ends_with_status_0(place):
     result = run("check", "model", "--sae", place / "sae")
 
     assert all(name in flat(result.stdout) for name in CLAIMS)
-    assert "passed (12 claims" in flat(result.stdout)
+    assert "passed (13 claims" in flat(result.stdout)
 
 
 def test_command_writes_json_and_checks_a_plan(place):

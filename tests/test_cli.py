@@ -12,7 +12,8 @@ from saeguard.cli import app
 from tests import words
 
 COMMANDS = (
-    (), ("demo",), ("steer",), ("plan",), ("assets",), ("models",), ("train",), ("boost",), ("inspect",),
+    (), ("demo",), ("steer",), ("plan",), ("export-vector",), ("assets",), ("models",), ("train",), ("boost",),
+    ("inspect",),
     ("convert",), ("error",), ("compare",),
     ("latents",), ("latents", "search"), ("latents", "show"), ("latents", "contexts"),
     ("audit",), ("audit", "verify"), ("audit", "show"),

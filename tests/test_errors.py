@@ -39,6 +39,7 @@ from saeguard import (
     steer,
 )  # fmt: skip
 from saeguard.engines import engine_for
+from saeguard.exporting import constant_vectors
 from saeguard.gates import token_rate
 from saeguard.guarding.audit import AuditLog
 from saeguard.guarding.calibrating import threshold
@@ -138,6 +139,13 @@ def deleted_log(folder: Path) -> None:
     log.write(AuditRecord(request_id="r", decision="allow", reason_code="gate.quiet", guard_status="ran"))
 
 
+def broken_model(_: Path) -> None:
+    model = fresh_model()
+    model.model.layers[1].mlp = nn.Linear(7, 7)
+    with steer(model, add_plan(1), saes=SAE):
+        pass
+
+
 def foreign_log(folder: Path) -> None:
     (folder / "a.jsonl").write_text("2026-11-23 10:15 something happened\n")
     AuditLog(folder / "a.jsonl")
@@ -227,6 +235,7 @@ def stale_policy(folder: Path) -> None:
 
 
 CASES: dict[str, Case] = {
+    "clamp as a vector": (errors.NotConstant, "Clamp depends on x.*Use Add", lambda _: constant_vectors(rule(1, op=Clamp(1.0, when="always")), SAE)),
     "unknown stream": (errors.SiteNotFound, "The streams are resid_pre, resid_mid, resid_post", lambda _: Site("resid", 1)),
     "site that is no site": (errors.SiteNotFound, "Write it as resid_post.12", lambda _: Site.parse("layer 3")),
     "negative layer": (errors.SiteNotFound, "a model with n blocks ends at layer n-1", lambda _: Site("resid_post", -1)),
@@ -321,6 +330,7 @@ CASES: dict[str, Case] = {
     "key in no file": (errors.BadSigningKey, "saeguard policy keygen", lambda folder: SigningKey.from_file(folder / "none")),
     "policy of another model": (errors.PolicyMismatch, "the model's weights are not those of tiny.*thresholds do not carry over", lambda _: policies.example().check(fresh_model(seed=1), word_tokenizer(), SAE)),
     "gate on a cache that it has not seen": (errors.GateFailed, "Begin with an empty cache inside the block", gate_on_a_filled_cache),
+    "model that cannot make a pass": (errors.CanaryFailed, "Mend the model; canary=False enters without", broken_model),
     "call that hangs": (errors.GuardTimeout, "find out what hangs", lambda _: Deadline(0.01).run(lambda: time.sleep(0.3))),
     "call around a guardrail": (errors.UnguardedCall, r"Call guard.generate", around_the_guardrail),
     "strength out of reach": (errors.StrengthUnreachable, "Ask for another KL", lambda _: kl_strength(tiny_model(), word_tokenizer(), SAE, rule(1, op=Reduce(1.0)).rules[0], Texts.from_ids(IDS, special_ids=(1,)), kappa=1e6)),

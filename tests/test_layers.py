@@ -19,13 +19,15 @@ LAYERS = [
     {"sae", "triggers", "dense", "archives"},
     {"boosted", "gates"},
     {"plans", "loaders"},
-    {"kernels", "latents", "cards"},
+    {"kernels", "latents", "cards", "vectors"},
     {"gating"},
     {"editor"},
-    {"ledger"},
+    {"ledger", "exporting"},
     {"engines", "reports"},
+    {"canary"},
     {"steering", "capturing"},
-    {"scoring", "guarding", "training", "evaluating", "drawing", "hooks"},
+    {"passes"},
+    {"scoring", "guarding", "training", "evaluating", "drawing", "hooks", "patching", "traces"},
     {"checking"},
     {"models", "cli", "demo", "serving"},
 ]
@@ -46,9 +48,10 @@ PURE = {
 PURE["errors"] = set()
 # Extras: one adapter each, so that nobody needs what they do not use.
 HOMES = {
-    "transformer_lens": {"engines/lens.py"},
+    "transformer_lens": {"engines/lens.py", "engines/hooked.py"},
     "sae_lens": {"loaders/live.py"},
     "nnsight": {"engines/nnsight.py"},
+    "peft": {"engines/adapters.py"},
     "vllm": {"engines/vllm.py"},
     "triton": {"kernels/triton.py"},
     "cryptography": {"guarding/signing.py"},

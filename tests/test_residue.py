@@ -142,8 +142,10 @@ def test_any_order_of_blocks_and_exceptions_leaves_nothing(name, told):
         assert torch.equal(model(IDS).logits, PLAIN[name])
 
 
+@pytest.mark.parametrize(("canary", "registrations"), [(False, 5), (True, 12)])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "gemma3"])
-def test_a_failure_at_any_registration_leaves_nothing(name, monkeypatch):
+def test_a_failure_at_any_registration_leaves_nothing(name, canary, registrations, monkeypatch):
+    """Two hooks on the root, one per site; the canary, which is not tried again, has as many and two per site more."""
     model = fresh_model(name)
     plan = add_plan(1, site="resid_post.0"), add_plan(1, site="resid_pre.1"), add_plan(1, site="mlp_out.2")
     joined = type(plan[0])(tuple(rule for one in plan for rule in one.rules))
@@ -155,7 +157,7 @@ def test_a_failure_at_any_registration_leaves_nothing(name, monkeypatch):
             for method in ("register_forward_hook", "register_forward_pre_hook"):
                 patch.setattr(nn.Module, method, failing(getattr(nn.Module, method), count, k))
             try:
-                with steer(model, joined, saes=SAE), torch.no_grad():
+                with steer(model, joined, saes=SAE, canary=canary), torch.no_grad():
                     model(IDS)
             except MemoryError:
                 reached = k
@@ -163,7 +165,7 @@ def test_a_failure_at_any_registration_leaves_nothing(name, monkeypatch):
         if reached < k:
             break
 
-    assert reached == 5, "two hooks on the root, one per site"
+    assert reached == registrations
 
 
 @pytest.mark.parametrize("failing_at", [1, 2])

@@ -4,6 +4,8 @@ from pathlib import Path
 from stat import S_ISREG
 
 from saeguard.archives.base import Archive, FileArchive, Spec, broken, unsupported
+from saeguard.archives.gguf_file import MAGIC as GGUF
+from saeguard.archives.gguf_file import open_gguf
 from saeguard.archives.npz_file import open_npz
 from saeguard.archives.safetensors_file import open_safetensors
 from saeguard.archives.torch_file import MAGIC, open_legacy, open_torch
@@ -13,7 +15,7 @@ from saeguard.errors import LoadError
 __all__ = ["Archive", "FileArchive", "Spec", "is_archive", "open_archive"]
 
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
-_FORMATS = "Read are safetensors, numpy's .npz and what torch.save writes."
+_FORMATS = "Read are safetensors, numpy's .npz, what torch.save writes, and vectors in GGUF."
 
 
 def open_archive(path: Path, *, legacy: bool = False) -> Archive:
@@ -24,6 +26,8 @@ def open_archive(path: Path, *, legacy: bool = False) -> Archive:
     begin = _begin(path)
     if not begin:
         raise broken(path, "it is empty")
+    if begin.startswith(GGUF):
+        return open_gguf(path)
     if begin[8:9] == b"{":
         return open_safetensors(path)
     if begin[:2] == b"PK":
@@ -48,7 +52,7 @@ def is_archive(path: Path) -> bool:
         begin = _begin(path)
     except LoadError:
         return False
-    return begin[8:9] == b"{" or begin.startswith((b"PK\3\4", MAGIC[:9]))
+    return begin[8:9] == b"{" or begin.startswith((b"PK\3\4", MAGIC[:9], GGUF))
 
 
 def _begin(path: Path) -> bytes:

@@ -8,18 +8,24 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
+from saeguard.canary import canary
 from saeguard.checking.arrival import claims_of_arrival
 from saeguard.checking.claims import Checked, Claim, Found, claim
 from saeguard.checking.costs import claim_of_cost
 from saeguard.checking.direction import claims_of_direction
 from saeguard.checking.laws import claims_of_laws
 from saeguard.checking.subject import Subject, subject
+from saeguard.engines.base import places_of
 from saeguard.engines.layouts import Layout
 from saeguard.evaluating.self_check import self_check
 from saeguard.plans import Plan
 from saeguard.sae import SAE
+
+COMPUTE = torch.float32
+"""Activations and edits, whatever the model's dtype is: see `saeguard.sae`."""
 
 
 def check_steering(
@@ -54,14 +60,27 @@ def check_steering(
     if plan is not None:
         progress("the laws under your plan")
         claims += claims_of_laws(found, plan, "plan: ")
-    progress("costs")
+    progress("the canary and costs")
+    claims.append(claim("canary", "entering a block tries an edit of its own first", lambda: _canary(found)))
     claims.append(claim_of_cost(found, found.probe if plan is None else plan))
     return Checked(
         model=next(iter(found.engine.model_names()), type(model).__name__), engine=found.engine.name, sae=sae.name,
         site=str(found.pair), module=found.engine.resolve(found.pair.write).path,
-        dtype=str(found.dtype).removeprefix("torch."), plan="" if plan is None else plan.name or plan.fingerprint(),
+        dtype=_name(found.dtype), stream_dtype=_name(found.stream_dtype), compute_dtype=_name(COMPUTE),
+        plan="" if plan is None else plan.name or plan.fingerprint(),
         claims=tuple(claims), seconds=time.perf_counter() - start,
     )  # fmt: skip
+
+
+def _canary(found: Subject) -> Found:
+    places, start = places_of(found.engine, found.pair), time.perf_counter()
+    said = canary(found.engine, places, again=True)
+    took = (time.perf_counter() - start) * 1000
+    return (True if said == "passed" else None), f"{said}, {took:.0f} ms", {"canary_ms": took}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _fit(found: Subject, ids: Any) -> Claim:

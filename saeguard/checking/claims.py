@@ -39,6 +39,8 @@ class Checked:
     site: str
     module: str
     dtype: str
+    stream_dtype: str
+    compute_dtype: str
     plan: str
     claims: tuple[Claim, ...]
     seconds: float
@@ -62,7 +64,8 @@ class Checked:
         verdict = "passed" if self.passed else "FAILED: " + ", ".join(claim.name for claim in self.failed)
         head = [
             f"{self.sae} at {self.site} of {self.model}",
-            f"{self.engine}, {self.module}, {self.dtype}" + (f", plan {self.plan}" if self.plan else ""),
+            f"{self.engine}, {self.module}" + (f", plan {self.plan}" if self.plan else ""),
+            f"{self.dtype} model, {self.stream_dtype} stream, edits computed in {self.compute_dtype}",
         ]
         count = f"{len(self.claims)} claims, {open_} open, {self.seconds:.0f} s"
         return "\n".join([*head, *map(str, self.claims), f"{verdict} ({count})"])

@@ -52,7 +52,7 @@ def _direction(subject: Subject) -> Found:
     ids = subject.prompts[:1]
     pushes = _pushes(subject, ids)
     batch = ids.expand(len(pushes.amounts), -1)
-    plain = subject.run(ids)[0, -1]
+    plain = subject.plain(ids)[0, -1]
     by_hand = _by_hand(subject, batch, pushes)
     tokens = _tokens(subject, pushes, (by_hand[::2] - by_hand[1::2]) / 2)
     slopes = _slopes(subject, ids, pushes, tokens)

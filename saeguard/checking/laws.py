@@ -12,7 +12,7 @@ from saeguard.checking.subject import Saw, Subject, edits_of, of_row, state_of
 from saeguard.ops import Scale
 from saeguard.plans import Plan, Rule
 
-WRITTEN = 8
+WRITTEN = 6
 """Tokens that are generated."""
 DIFFERENT = 0.02
 """Share of a row's edits that may differ between two computations in half precision, where activations round."""
@@ -37,7 +37,7 @@ def claims_of_laws(subject: Subject, plan: Plan, prefix: str = "") -> tuple[Clai
 
 
 def _identity(subject: Subject, plan: Plan) -> Found:
-    plain, again = subject.run(subject.prompts), subject.run(subject.prompts)
+    plain, again = subject.plain(subject.prompts), subject.run(subject.prompts)
     if not torch.equal(plain, again):
         return False, "the plain model itself gives other bits the second time: is it in training mode?", {}
     still = Plan((Rule(subject.own.name, subject.latents, Scale(1.0)),))
@@ -46,7 +46,7 @@ def _identity(subject: Subject, plan: Plan) -> Found:
 
 
 def _unplanned(subject: Subject, plan: Plan) -> Found:
-    plain = subject.run(subject.prompts)
+    plain = subject.plain(subject.prompts)
     steered = subject.saw([plan if row % 2 == 0 else None for row in range(len(plain))], subject.prompts).logits
     return _equal(plain[1::2], steered[1::2])
 
@@ -102,7 +102,7 @@ def _kernel(subject: Subject, plan: Plan) -> Found:
 
 def _residue(subject: Subject, plan: Plan) -> Found:
     model = subject.model
-    plain = subject.run(subject.prompts[:1])
+    plain = subject.plain(subject.prompts[:1])
     with subject.steer(plan, prompt_tokens=1):
         subject.run(subject.prompts[:1])
     ended = state_of(model) == subject.state

@@ -6,7 +6,7 @@ plain model is computed in the same two ways, and the steered one may be `SLACK`
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from saeguard.plans import Plan, Rule
 from saeguard.sae import SAE
 from saeguard.steering import Run, steer
 
-ROWS, LENGTH = 4, 20
+ROWS, LENGTH = 4, 16
 """Prompts, and tokens of each."""
 SLACK = 8.0
 FLOOR = 256.0
@@ -72,7 +72,9 @@ class Subject:
     amounts: tuple[float, float]
     level: float
     probe: Plan
+    stream_dtype: torch.dtype
     state: Any
+    _plain: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,9 +87,9 @@ class Subject:
         return torch.finfo(self.dtype).eps < 1e-6
 
     def steer(self, plans: Any, **options: Any) -> AbstractContextManager[Run]:
-        """A block on the subject's model; SAEs that a plan names otherwise are loaded."""
+        """A block on the subject's model; SAEs that a plan names otherwise are loaded. The canary has its own claim."""
         return steer(self.model, plans, saes={self.own.name: self.own}, special_ids=self.special, layout=self.layout,
-                     **options)  # fmt: skip
+                     canary=False, **options)  # fmt: skip
 
     def real(self, ids: Tensor) -> Bool[Tensor, "row column"]:
         """Every column."""
@@ -103,6 +105,14 @@ class Subject:
             output = self.model(**{name: value.to(place) for name, value in call.items()}, use_cache=False)
         return output.logits.detach().float().cpu()
 
+    def plain(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What `run` gives without any block, computed once."""
+        mask = self.real(ids) if mask is None else mask
+        key = (ids.shape, ids.numpy().tobytes(), mask.numpy().tobytes())
+        if key not in self._plain:
+            self._plain[key] = self.run(ids, mask)
+        return self._plain[key]
+
     def generate(self, ids: Tensor, n: int, **options: Any) -> Any:
         """``generate`` for exactly ``n`` tokens, none of them special: no row ends, and none looks like padding."""
         model: Any = self.model
@@ -117,7 +127,7 @@ class Subject:
         """One pass under ``plans``, or plain; ``prompt_tokens`` is half of each row unless it is given."""
         mask = self.real(ids) if mask is None else mask
         if plans is None:
-            return Saw(self.run(ids, mask), ())
+            return Saw(self.plain(ids, mask), ())
         options = {"prompt_tokens": (mask.sum(1) // 2).tolist()} | options
         with self.steer(plans, **options) as run:
             logits = self.run(ids, mask)
@@ -162,7 +172,7 @@ def subject(
         Rule(sae.name, latents[2:3], Clamp(level, when="active")),
     )
     return Subject(model, tokenizer, engine, layout, sae, plain, pair, reader_of(model, engine, pair.write), special,
-                   prompts, latents, amounts, level, Plan(rules, "probe"), state)  # fmt: skip
+                   prompts, latents, amounts, level, Plan(rules, "probe"), tape[pair.write].dtype, state)  # fmt: skip
 
 
 def state_of(model: nn.Module) -> Any:

@@ -10,6 +10,7 @@ from saeguard.cli import (
     console,
     demo,
     evaluating,
+    exporting,
     guarding,
     judging,
     latents,
@@ -47,6 +48,7 @@ def main(
 app.command("demo")(demo.demo)
 app.command("steer")(steering.steer)
 app.command("plan")(plans.plan)
+app.command("export-vector")(exporting.export_vector)
 latents.app.command("show")(showing.show)
 latents.app.command("contexts")(reading.contexts)
 latents.app.command("label")(reading.label)

@@ -12,6 +12,17 @@ from saeguard.errors import GuardNotApplied
 from saeguard.sites import Site
 
 
+@runtime_checkable
+class Wrapper(Protocol):
+    """An object around a model that is no module itself, as nnsight's are."""
+
+    _module: nn.Module
+
+
+Model = nn.Module | Wrapper
+"""What can be steered."""
+
+
 @dataclass(frozen=True, eq=False)
 class Place:
     """A site in a live model: what a module reads (``input``) or gives (``output``), and how the site follows from it.
@@ -30,6 +41,8 @@ class Place:
     base: Site | None = None
     gain: Tensor | None = None
     bias: Tensor | None = None
+    are_tokens: bool = True
+    """Whether its positions are tokens of a text, or just positions (pixels, patches) of the site's own."""
 
     def value(self, carried: Stream, base: Tensor | None) -> Stream:
         """The stream at the site."""
@@ -46,11 +59,18 @@ class Place:
 
     def follows(self, other: "Place") -> bool:
         """Whether both hook the same end of one module, and this stream comes into being after the other one."""
-        return self.module is other.module and self.side == other.side and self._rank > other._rank
+        return self.module is other.module and self.side == other.side and self.rank > other.rank
 
     @property
-    def _rank(self) -> int:
+    def rank(self) -> int:
+        """Where it comes among the streams of one end of one module."""
         return 0 if self.gain is not None else 1 if self.base is None else 2
+
+    def changed(self, output: Any, change: Callable[[Stream], Stream]) -> Any:
+        """What the module gives, with the stream in it passed through ``change``."""
+        if isinstance(output, tuple):
+            return (change(_tensor(output[0], self)), *output[1:])
+        return change(_tensor(output, self))
 
     def attach(self, change: Callable[[Stream], Stream]) -> Any:
         """Register one hook that passes the stream through ``change``; the handle removes it.
@@ -60,9 +80,7 @@ class Place:
         if self.side == "output":
 
             def on_output(module: nn.Module, args: Any, output: Any) -> Any:
-                if isinstance(output, tuple):
-                    return (change(_tensor(output[0], self)), *output[1:])
-                return change(_tensor(output, self))
+                return self.changed(output, change)
 
             return self.module.register_forward_hook(outside_graphs(on_output))
 
@@ -130,6 +148,8 @@ class Pass:
     ids: Tensor | None
     mask: Tensor | None
     device: torch.device
+    are_tokens: bool = True
+    """Without, only the rows are known: ``width`` is 0, and every site has positions of its own."""
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """What a session knows while the model runs: the blocks that take part, the call, and the pass of this moment."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from saeguard.axes import Stream
 from saeguard.editor import Edit, Editor
 from saeguard.engines.base import Pass, Request
-from saeguard.errors import GuardNotApplied, RowsMismatch, TokensUnknown
+from saeguard.errors import GuardNotApplied, PhaseUnknown, RowsMismatch, TokensUnknown
 from saeguard.ledger import CallRecord
 from saeguard.sites import Site
 from saeguard.tokens import TokenBatch, is_special, last_of_prompt, read_mask
@@ -78,7 +78,8 @@ class Forward:
     call: Call
     views: dict[Participant, View]
     rows: int
-    width: int
+    width: int | None
+    """None where each site has positions of its own."""
     sites: frozenset[Site]
     """The sites that it has to pass."""
     ran: set[Site] = field(default_factory=set)
@@ -86,16 +87,47 @@ class Forward:
     """What flowed past the sites that later sites of this pass need."""
     unstable: list[Tensor] = field(default_factory=list)
 
+    def fits(self, x: Stream) -> bool:
+        """Whether ``x`` has the rows and positions of this pass."""
+        return x.shape[0] == self.rows and self.width in (None, x.shape[1])
 
-def stream_at(forward: Forward, site: Site, needed_at: Site) -> Stream:
-    """What flowed past ``site`` earlier in this pass."""
+
+def stream_at(forward: Forward, site: Site, needed_at: Site, x: Tensor | None = None) -> Stream:
+    """What flowed past ``site`` earlier in this pass; it has to have the positions of ``x``, where that is given."""
     if site not in forward.streams:
         raise GuardNotApplied(
             f"an edit at {needed_at} that needs the stream at {site}",
             f"{site} was not passed before {needed_at}",
             "A transcoder, or a rule with a gate, has to write behind what it reads: check the sites.",
         )
-    return forward.streams[site]
+    found = forward.streams[site]
+    if x is not None and x.shape[1] != found.shape[1]:
+        raise GuardNotApplied(
+            f"an edit at {needed_at} that needs the stream at {site}",
+            f"{site} has {found.shape[1]} positions and {needed_at} has {x.shape[1]}",
+            "A rule reads and writes sites of one resolution: check the site map.",
+        )
+    return found
+
+
+def views_at(forward: Forward, x: Stream) -> dict[Participant, View]:
+    """What the participants know of the positions of ``x``: all real and none special, where they are no tokens."""
+    if forward.width is not None:
+        return forward.views
+    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    absolute = torch.arange(x.shape[1], device=x.device).expand(real.shape)
+    tokens = TokenBatch(real, absolute, torch.zeros_like(real), None, 0)
+    return {who: replace(view, tokens=tokens) for who, view in forward.views.items()}
+
+
+def misplaced(forward: Forward | None, site: Site, x: Stream) -> GuardNotApplied:
+    found = "its block ran outside a call of the steered model, or twice in one call"
+    proceed = "Call the model itself, as model(...) or model.generate(...), not model.forward or a part of it."
+    if forward is not None and site not in forward.ran:
+        passed = f"{forward.rows} rows" + ("" if forward.width is None else f" of {forward.width} tokens")
+        found = f"it carries {x.shape[0]} rows of {x.shape[1]} positions there, and the pass has {passed}"
+        proceed += " With a site map, say what its axes are."
+    return GuardNotApplied(f"an edit at {site}", found, proceed)
 
 
 def unseen(call: Call, column: int) -> GuardNotApplied:
@@ -107,6 +139,12 @@ def unseen(call: Call, column: int) -> GuardNotApplied:
 
 
 def tokens_of(seen: Pass, participant: Participant, request: Request | None) -> TokenBatch:
+    if not seen.are_tokens and participant.prompt_tokens is not None:
+        raise PhaseUnknown(
+            f"prompt_tokens={participant.prompt_tokens} of a pass without tokens",
+            "its positions are no text, and none of them is a prompt",
+            "Leave prompt_tokens out, or name the tokens in the site map: SiteMap(..., tokens='input_ids').",
+        )
     found = read_mask(seen.mask, seen.rows, seen.width, seen.column)
     if found is None:
         raise TokensUnknown(

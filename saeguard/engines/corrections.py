@@ -12,21 +12,41 @@
 Loaders set ``norm`` and ``manifest["processing"]`` from what a config says; what needs the model's weights is done
 here, when a plan is bound to it. A ``processing`` that says nothing of fold_ln has it, as TransformerLens does unless
 asked; for mlp_normed it has to say so.
+
+A HookedTransformer may have processed weights itself. An SAE that was trained on them fits as it is, and one that was
+trained on plain ones is refused where its stream is another now: what was taken out of the weights is not in the model.
 """
 
+from collections.abc import Set
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 from saeguard.engines.base import Engine
+from saeguard.errors import WrongModel
 from saeguard.loaders.transformer_lens import WRITTEN
 from saeguard.sae import SAE
 from saeguard.sites import Site
 
 
+@runtime_checkable
+class Processing(Protocol):
+    """An engine whose model may have processed weights."""
+
+    def processed(self) -> frozenset[str]:
+        """How TransformerLens processed the weights, of what changes streams, in the words of its arguments."""
+        ...
+
+
 def on_plain_weights(sae: SAE, engine: Engine, reads: Site | None = None, writes: Site | None = None) -> SAE:
     """``sae`` with the corrections that ``engine``'s model asks for; the same object where it asks for none.
 
-    ``reads`` and ``writes`` are the sites at which it is used, by default its own.
+    ``reads`` and ``writes`` are the sites at which it is used, by default its own. Raises `WrongModel` where the
+    model's weights were processed, the SAE was trained on others, and that cannot be put right.
     """
+    if isinstance(engine, Processing):
+        # the norms of other models are folded without a change of any stream that both ways have
+        done = engine.processed() if engine.centers() else engine.processed() - {"fold_ln"}
+        _check_processed(sae, done, reads, writes)
     if sae.norm == "center" and not engine.centers():  # TransformerLens leaves models without LayerNorm as they are
         sae = replace(sae, norm="none")
     site, processing = reads or sae.site, sae.manifest.get("processing", {})
@@ -44,3 +64,25 @@ def on_plain_weights(sae: SAE, engine: Engine, reads: Site | None = None, writes
         return sae
     done = {key: value for key, value in processing.items() if key != "fold_value_biases"}
     return replace(sae.shifted(bias.to(sae.W_enc.device)), manifest={**sae.manifest, "processing": done})
+
+
+def _check_processed(sae: SAE, processed: Set[str], reads: Site | None, writes: Site | None) -> None:
+    """Refuse an SAE of plain weights whose stream has been changed by what was ``processed``."""
+    site, said = reads or sae.site, sae.manifest.get("processing", {})
+    written = writes or sae.site_out or site
+    if site is None or written is None:
+        return
+    is_centered = sae.norm in ("center", "layer_norm") or bool(said.get("center_writing_weights"))
+    missing = {
+        "center_writing_weights": site.stream in WRITTEN and not is_centered and not sae.is_vectors,
+        "fold_value_biases": site.stream == "attn_z" and not said.get("fold_value_biases") and not sae.is_vectors,
+        "fold_ln": written.stream == "mlp_normed" and not said.get("fold_ln"),
+        "refactor_factored_attn_matrices": "attn_z" in (site.stream, written.stream),
+    }
+    for name in sorted(processed):
+        if missing[name]:
+            raise WrongModel(
+                f"SAE {sae.name} at {site}",
+                f"it was trained on a model without {name}, which was done to this one and cannot be undone",
+                "Load the model with HookedTransformer.from_pretrained_no_processing.",
+            )

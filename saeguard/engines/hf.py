@@ -8,16 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from saeguard.engines.base import Outcome, Pass, Place, Reader, Request
 from saeguard.engines.layouts import LAYOUTS, Layout, Side
+from saeguard.engines.placement import check_parallel, check_whole, device_of, weight_of
 from saeguard.engines.requests import read_outcome, read_request
+from saeguard.engines.sitemaps import example_for
 from saeguard.engines.traced import is_traced
-from saeguard.errors import CompiledModel, MetaDevice, SiteNotFound, TokensUnknown, UnsupportedMode, UnsupportedModel
+from saeguard.errors import CompiledModel, SiteNotFound, TokensUnknown, UnsupportedMode, UnsupportedModel
 from saeguard.sites import STREAMS, Site
 
 
@@ -50,16 +51,18 @@ class HuggingFace:
             )
         self._check_untraced(site, module)
         path = f"{blocks_path}.{site.layer}" + (f".{where[0]}" if where[0] else "")
+        check_whole(self.model, site, path, where[1])
         width = self._width(site, block, module, where[1])
-        place = Place(site, module, path, where[1], width, self._device(block))
+        place = Place(site, module, path, where[1], width, device_of(self.model, f"{blocks_path}.{site.layer}"))
         if site.stream == "resid_mid":
             return self._between(place)
-        return self._before_gain(place, block) if site.stream == "mlp_normed" else place
+        return self._before_gain(place, f"{blocks_path}.{site.layer}") if site.stream == "mlp_normed" else place
 
     def value_bias(self, layer: int, *, with_norm: bool) -> Tensor | None:
         site = Site("attn_z", layer)
         width, its = self.resolve(site).width, self._layout
-        block = self._blocks(site)[1][layer]
+        blocks_path, blocks = self._blocks(site)
+        here, block = f"{blocks_path}.{layer}", blocks[layer]
         values = _submodule(block, its.value_bias) if its.value_bias else None
         norm = _submodule(block, its.attn_norm) if its.attn_norm and with_norm else None
         if with_norm and values is not None and norm is None and self.centers():
@@ -68,7 +71,9 @@ class HuggingFace:
                 "the norm in front of attention has a bias, and its layout does not name that norm",
                 "Pass layout=Layout(..., attn_norm='path in the block').",
             )
-        bias = None if values is None else _given_nothing(values, getattr(norm, "bias", None))
+        _check_unadapted(f"what {site} in {type(self.model).__name__} holds whatever the tokens are", values, norm)
+        shift = None if norm is None else weight_of(self.model, f"{here}.{its.attn_norm}.bias")
+        bias = None if values is None else _given_nothing(self.model, f"{here}.{its.value_bias}", shift)
         if bias is None:
             return None
         if its.fused == "thirds":
@@ -140,7 +145,7 @@ class HuggingFace:
         rows, width = shown.shape[:2]
         mask = _mask(kwargs.get("attention_mask"))
         if mask is None:
-            _check_unpacked(kwargs.get("position_ids"))
+            _check_unpacked(kwargs.get("position_ids"), column)
         return Pass(rows, width, column, cache, ids, mask, shown.device)
 
     def read_cache(self, output: Any) -> Any:
@@ -188,24 +193,26 @@ class HuggingFace:
             )
         return replace(place, base=Site("resid_pre", place.site.layer))
 
-    def _before_gain(self, place: Place, block: nn.Module) -> Place:
-        norm = _submodule(block, self._layout.mlp_norm) if self._layout.mlp_norm else None
-        weight = getattr(norm, "weight", None)
+    def _before_gain(self, place: Place, block: str) -> Place:
+        norm = f"{block}.{self._layout.mlp_norm}"
+        known = self._layout.mlp_norm is not None and _submodule(self.model, norm) is not None
+        _check_unadapted(f"site {place.site} in {type(self.model).__name__}", _submodule(self.model, norm))
+        weight = weight_of(self.model, f"{norm}.weight") if known else None
         if weight is None:
             raise SiteNotFound(
                 f"site {place.site} in {type(self.model).__name__}",
                 "its MLP has no norm with a gain in front of it",
                 f"Use mlp_in.{place.site.layer}, or pass layout=Layout(..., mlp_norm='path in the block').",
             )
-        gain = weight.detach().float() + (1.0 if self._layout.gain == "one_plus_weight" else 0.0)
+        gain = weight.float() + (1.0 if self._layout.gain == "one_plus_weight" else 0.0)
         if bool((gain.abs() < _NO_GAIN).any()):
             raise SiteNotFound(
                 f"site {place.site} in {type(self.model).__name__}",
                 f"{int((gain.abs() < _NO_GAIN).sum())} gains of its norm are 0, so what was there before is lost",
                 f"Use mlp_in.{place.site.layer}.",
             )
-        bias = getattr(norm, "bias", None)
-        return replace(place, gain=gain, bias=None if bias is None else bias.detach().float())
+        bias = weight_of(self.model, f"{norm}.bias")
+        return replace(place, gain=gain, bias=None if bias is None else bias.float())
 
     def _check_untraced(self, site: Site, module: nn.Module) -> None:
         kind, compiled = type(module).__name__, getattr(module, "_compiled_call_impl", None) is not None
@@ -230,16 +237,6 @@ class HuggingFace:
             )
         return found
 
-    def _device(self, block: nn.Module) -> torch.device:
-        device = next(block.parameters()).device
-        if device.type == "meta":
-            raise MetaDevice(
-                f"steering {type(self.model).__name__}",
-                "its parameters are on the meta device, so it has no weights",
-                "Load it with from_pretrained, or call to_empty and load a state dict first.",
-            )
-        return device
-
 
 _NO_GAIN = 1e-6
 _MIXIN: Any = GenerationMixin
@@ -258,12 +255,15 @@ def _accept(model: nn.Module, layout: Layout | None) -> nn.Module:
         raise CompiledModel(
             f"steering {kind}", "model.compile() was called before", "Enter steer first, then compile inside the block."
         )
+    check_parallel(model)
     for inner in ("module", "base_model"):
         if isinstance(getattr(model, inner, None), nn.Module) and not isinstance(model, PreTrainedModel):
+            copies = isinstance(model, nn.DataParallel)
             raise UnsupportedModel(
                 f"steering {kind}",
-                f"it wraps a {type(getattr(model, inner)).__name__}",
-                f"Steer the wrapped model (wrapper.{inner}); calls through the wrapper are then steered too.",
+                f"it wraps a {type(getattr(model, inner)).__name__}" + (", and runs copies of it" if copies else ""),
+                f"Steer the wrapped model (wrapper.{inner})"
+                + (" and call that: copies refuse." if copies else "; calls through the wrapper are then steered too."),
             )
     if isinstance(model, PreTrainedModel) and getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"steering {kind}", "it has an encoder and a decoder", "Use a decoder-only model.")
@@ -271,7 +271,9 @@ def _accept(model: nn.Module, layout: Layout | None) -> nn.Module:
         raise UnsupportedModel(
             f"steering {kind}",
             "it is not a transformers model, so there is no site table for it",
-            "Pass layout=Layout(blocks='path.to.blocks', streams={'mlp_out': ('mlp', 'output')}).",
+            f"Pass layout=SiteMap(...) for a module of any kind; for this one {example_for(model)}. Pass "
+            "layout=Layout(blocks='path.to.blocks', streams={'mlp_out': ('mlp', 'output')}) if it is called as those "
+            "of transformers are.",
         )
     if layout is None and isinstance(model, PreTrainedModel):
         model_type = model.config.get_text_config().model_type
@@ -279,7 +281,8 @@ def _accept(model: nn.Module, layout: Layout | None) -> nn.Module:
             raise UnsupportedModel(
                 f"steering {kind} (model type {model_type!r})",
                 f"there is no site table for it; there is one for {', '.join(sorted(LAYOUTS))}",
-                "Pass layout=Layout(blocks='path.to.blocks', streams={'mlp_out': ('mlp', 'output')}).",
+                "Pass layout=Layout(blocks='path.to.blocks', streams={'mlp_out': ('mlp', 'output')})"
+                + ("." if model.can_generate() else f", or a site map: {example_for(model)}."),
             )
     return model
 
@@ -300,15 +303,31 @@ def _width_at(module: nn.Module, side: Side) -> int | None:
     return weight.shape[-1 if side == "input" else 0] if isinstance(weight, Tensor) and weight.ndim else None
 
 
-def _given_nothing(linear: nn.Module, shift: Tensor | None) -> Tensor | None:
+def _given_nothing(model: nn.Module, path: str, shift: Tensor | None) -> Tensor | None:
     """What a linear module gives where the norm in front of it gives only its bias ``shift``, in float32."""
-    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    linear: Any = model.get_submodule(path)
+    weight, bias = weight_of(model, f"{path}.weight"), weight_of(model, f"{path}.bias")
+    if bias is None and callable(getattr(linear, "bias", None)):  # torch's dynamically quantised Linear
+        bias = linear.bias()
     found = None if bias is None else bias.detach().float()
-    if shift is None or not isinstance(weight, Tensor):
+    if shift is None:
         return found
-    across = weight.detach().float() if hasattr(linear, "nx") else weight.detach().float().T
-    moved = shift.detach().float().to(across.device) @ across
+    if weight is None or type(weight) is not Tensor or not weight.is_floating_point():  # packed: only it can read them
+        return linear.forward(shift[None]).detach()[0].float()
+    across = weight.float() if hasattr(linear, "nx") else weight.float().T
+    moved = shift.float().to(across.device) @ across
     return moved if found is None else moved + found
+
+
+def _check_unadapted(asked: str, *modules: nn.Module | None) -> None:
+    """A tensor that is read once would go stale with the adapters that are switched behind it."""
+    for module in modules:
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UnsupportedModel(
+                asked,
+                f"it depends on the weights of a module that has adapters ({type(module).__name__})",
+                "Steer what merge_and_unload() returns, or leave that module out of the adapter.",
+            )
 
 
 def _width_into(block: nn.Module) -> int | None:
@@ -320,13 +339,24 @@ def _width_into(block: nn.Module) -> int | None:
     return None
 
 
-def _check_unpacked(positions: Any) -> None:
-    """Without a mask, transformers takes a row whose positions start over for several sequences in one."""
-    if isinstance(positions, Tensor) and positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any()):
+def _check_unpacked(positions: Any, column: int) -> None:
+    """Without a mask, transformers takes a row whose positions start over for several sequences in one.
+
+    And with context parallelism a rank has the later columns of a sequence, without the earlier ones in a cache.
+    """
+    if not isinstance(positions, Tensor) or not positions.numel():
+        return
+    if positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any()):
         raise UnsupportedMode(
             "a forward pass without an attention mask",
             "its position_ids do not go up by one, so it packs several sequences into one row",
             "Use one row each, or pass an attention_mask if the gaps are padding.",
+        )
+    if bool((positions[..., 0] > column).any()):
+        raise UnsupportedMode(
+            "a forward pass without an attention mask",
+            f"its position_ids do not begin at {column}, so it is a part of a sequence (context parallelism)",
+            "Give a process whole sequences, or pass an attention_mask if padding stands in front.",
         )
 
 

@@ -19,10 +19,10 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
@@ -31,10 +31,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from saeguard.engines.base import Outcome, Pass, Place, Reader, Request
 from saeguard.engines.hf import HuggingFace
 from saeguard.engines.layouts import Layout
+from saeguard.engines.spoken import Spoken
 from saeguard.engines.traced import is_traced
 from saeguard.errors import (
     CompiledModel,
-    GuardNotApplied,
     SiteNotFound,
     TokensUnknown,
     UnsupportedMode,
@@ -49,21 +49,8 @@ _POINTS = {
 }  # fmt: skip
 _GENERATE: Any = TransformerBridge.generate
 _SIGNATURE = inspect.signature(_GENERATE)
+_IS_OLD = version("transformer-lens").startswith("3.")
 _LOOP = inspect.unwrap(TransformerBridge._generate_tokens).__code__  # the only way to all of its generate methods
-
-
-@dataclass(frozen=True, eq=False)
-class Spoken(Request):
-    """A request to a bridge, and the token ids of its passes: what generate returns may be text, without any."""
-
-    passes: list[tuple[int, Int[Tensor, "row pos"]]] = field(default_factory=list)
-
-    def add(self, seen: Pass) -> None:
-        """Note a pass, in place of what was passed from its column on."""
-        while self.passes and self.passes[-1][0] >= seen.column:
-            self.passes.pop()
-        if seen.ids is not None:
-            self.passes.append((seen.column, seen.ids))
 
 
 class Lens:
@@ -147,6 +134,12 @@ class Lens:
                 "what its passes hold then is unknown",
                 "Generate from text or token ids, or call bridge.hf_generate, which transformers reads.",
             )
+        if _IS_OLD and asked["return_cache"]:
+            raise UnsupportedMode(
+                "generate of a bridge of TransformerLens 3 with return_cache",
+                "its replay for the activations leaves out the mask of the prompt's padding",
+                "Generate without, and call run_with_cache on what was generated.",
+            )
         ids = self._ids(asked["input"], asked["prepend_bos"])
         if len(ids) > 1 and (asked["stop_strings"] is not None or asked["stopping_criteria"] is not None):
             raise UnsupportedMode(
@@ -155,30 +148,13 @@ class Lens:
                 "Generate one row at a time, or call bridge.original_model.generate.",
             )
         eos = self._eos(asked["eos_token_id"]) if asked["stop_at_eos"] else ()
-        n = ids.shape[1]
-        request = Spoken(
-            rows=len(ids), copies=1, reorders=False, prompt_columns=n, output_columns=n, eos=eos, pad=(), drafts=False
-        )
+        request = Spoken.of(ids, eos)
         self._thread.request = weakref.ref(request)
         return request
 
     def read_outcome(self, output: Any, request: Request) -> Outcome | None:
         self._thread.request = lambda: None
-        if not isinstance(request, Spoken) or not request.passes:
-            return None
-        ids = torch.cat([ids for _, ids in request.passes], dim=1)
-        given = output[0] if isinstance(output, tuple) else output
-        written = given if isinstance(given, Tensor) else getattr(given, "sequences", ids)
-        if not torch.equal(ids[:, : written.shape[1]], written[:, : ids.shape[1]].to(ids.device)):
-            raise GuardNotApplied(
-                "edits in a generate call of a bridge",
-                "the tokens that it returned are not those of its passes",
-                "Something else generated them: its output must not be used.",
-            )
-        answer = ids[:, request.prompt_columns :]
-        ended = torch.isin(answer, torch.tensor(request.eos, dtype=ids.dtype, device=ids.device))
-        before = (ended.cumsum(1) == 0).sum(1)  # an end token may be fed back while other rows go on; it never counts
-        return Outcome(max(written.shape[1] - 1, ids.shape[1]), (request.prompt_columns + before).cpu())
+        return request.outcome(output) if isinstance(request, Spoken) else None
 
     def is_generating(self) -> bool:
         frame = sys._getframe(1)
@@ -211,8 +187,8 @@ def _accept(bridge: nn.Module) -> nn.Module:
     if not isinstance(bridge, TransformerBridge) or not hasattr(bridge, "_weights_processed"):
         raise UnsupportedModel(
             f"steering {kind}",
-            "of what TransformerLens has, only the TransformerBridge of version 4.3 or later is known: the streams of "
-            "others are not those of the model they were made from",
+            "of what TransformerLens has, only the TransformerBridge of versions 3.9 and 4.3 or later and the "
+            "HookedTransformer of version 3.9 are known",
             "Use TransformerBridge.boot_transformers(name), or steer the transformers model.",
         )
     if bridge._weights_processed:

@@ -21,6 +21,7 @@ _DRAFTS = ("assistant_model", "prompt_lookup_num_tokens")
 def read_request(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
     """Read the arguments of a generate call. Raises `UnsupportedMode`, `TokensUnknown`."""
     options = _Options(model, args, kwargs)
+    _check_own_inputs(model)
     for name in _FOREIGN_PASSES:
         value = options.get(name)
         if value is not None and value is not False and value != _NEUTRAL.get(name):
@@ -72,6 +73,18 @@ def read_outcome(output: Any, request: Request) -> Outcome | None:
         kept = ids.shape[0] // request.rows
         ends = ends.view(request.rows, kept).amax(1).repeat_interleave(request.copies)
     return Outcome(request.prompt_columns + generated.shape[1] - 1, ends)
+
+
+def _check_own_inputs(model: nn.Module) -> None:
+    """What PEFT's virtual tokens, or anybody, put in the place of the method that makes passes of a request."""
+    own: Any = type(model)
+    placed = model.__dict__.get("prepare_inputs_for_generation")
+    if placed is not None and getattr(placed, "__func__", None) is not own.prepare_inputs_for_generation:
+        raise UnsupportedMode(
+            "generate with a prepare_inputs_for_generation that is not the model's own",
+            "it may put virtual tokens in front of the prompt, as PEFT's prompt and prefix tuning do",
+            "Generate with the model's own, or with an adapter that leaves the tokens alone.",
+        )
 
 
 def _check_beyond(cache: Any, columns: int) -> None:

@@ -19,9 +19,9 @@ from torch import nn
 from saeguard.axes import Stream
 from saeguard.engines import inside
 from saeguard.engines.base import Engine, Pass, Place, Reader, outside_graphs
-from saeguard.engines.calls import Call, Forward, Participant, View, stream_at, tokens_of, unseen
+from saeguard.engines.calls import Call, Forward, Participant, View, misplaced, stream_at, tokens_of, unseen, views_at
 from saeguard.engines.memories import Memories
-from saeguard.engines.watched import Watched, restore
+from saeguard.engines.watched import Watched, redirected, restore
 from saeguard.errors import GuardNotApplied, ModelBusy, UnstableEdit, UnsupportedMode
 from saeguard.sites import Site
 
@@ -127,7 +127,7 @@ class Session:
         """Hook a site, and put behind it the hooks of streams that come after it in the same module."""
         self._handles[site] = place.attach(self._change_at(site, place))
         self.places[site] = place
-        for other, later in self.places.items():
+        for other, later in sorted(self.places.items(), key=lambda item: item[1].rank):
             if later.follows(place):
                 self._handles[other].remove()
                 self._handles[other] = later.attach(self._change_at(other, later))
@@ -142,6 +142,7 @@ class Session:
         self._root.callback(before.remove)
         after = model.register_forward_hook(outside_graphs(self._after), always_call=True)
         self._root.callback(after.remove)
+        self._root.enter_context(redirected(self.engine))
         for owner, reader in self.engine.entrances():
             generate: Any = getattr(owner, "generate", None)
             if callable(generate):
@@ -209,7 +210,7 @@ class Session:
             self._memories.resume(participant, call.records[participant], seen)
             covers = participant.cover(seen.rows, call.request).to(seen.device)
             views[participant] = View(tokens_of(seen, participant, call.request), covers, call.records[participant])
-        self._local.forward = Forward(call, views, seen.rows, seen.width, self.sites)
+        self._local.forward = Forward(call, views, seen.rows, seen.width if seen.are_tokens else None, self.sites)
         self._begin()
 
     def _forget(self) -> Forward | None:
@@ -275,11 +276,11 @@ class Session:
             forward = self._forward_at(site, carried)
             base = None if place.base is None else stream_at(forward, place.base, site)
             x = place.value(carried, base)
-            dx, changed, edits = None, None, {}
-            for participant, view in forward.views.items():
+            dx, changed, edits, views = None, None, {}, views_at(forward, x)
+            for participant, view in views.items():
                 if site in participant.editors:
                     editor = participant.editors[site]
-                    streams = {other: stream_at(forward, other, site) for other in editor.reads}
+                    streams = {other: stream_at(forward, other, site, x) for other in editor.reads}
                     memory = view.record.memory
                     edit = edits[participant] = editor(x, view.tokens, view.covers, streams, memory)
                     dx = edit.dx if dx is None else dx + edit.dx
@@ -289,7 +290,7 @@ class Session:
                 after = torch.where(changed[..., None], place.add(carried, dx), carried)
                 x_after = after if x is carried else place.value(after, base)
                 forward.unstable.append((changed & ~torch.isfinite(after).all(-1)).any())
-            for participant, view in forward.views.items():
+            for participant, view in views.items():
                 if site in participant.sites:
                     participant.see(site, x, x_after, view, edits.get(participant))
             if site in self._needed:
@@ -303,12 +304,8 @@ class Session:
         forward = getattr(self._local, "forward", None)
         if forward is None:
             self._check_caller()
-        if forward is None or site in forward.ran or x.shape[:2] != (forward.rows, forward.width):
-            raise GuardNotApplied(
-                f"an edit at {site}",
-                "its block ran outside a call of the steered model, or twice in one call",
-                "Call the model itself, as model(...) or model.generate(...), not model.forward or a part of it.",
-            )
+        if forward is None or site in forward.ran or not forward.fits(x):
+            raise misplaced(forward, site, x)
         return forward
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -391,6 +388,9 @@ def bind(participant: Participant, function: Callable[P, T]) -> Callable[P, T]:
 
 
 def participants(model: nn.Module) -> Sequence[Participant]:
-    """The blocks that are open on ``model``, outermost first."""
-    session = _OPEN.get(model)
-    return () if session is None else tuple(session.participants)
+    """The blocks that are open on ``model``, or on the model inside of it, outermost first."""
+    parts = {id(module) for module in model.modules()}
+    with _LOCK:
+        found = [one for one in _OPEN.values() if id(one.engine.model) in parts]
+        found += [one for one in _OPEN.values() if any(owner is model for owner, _ in one.engine.entrances())]
+    return tuple(participant for session in dict.fromkeys(found) for participant in session.participants)

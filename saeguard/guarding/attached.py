@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Literal
 
 import torch
 from jaxtyping import Bool
@@ -50,6 +51,8 @@ class Table:
     prompt_tokens: int | tuple[int, ...] | None
     is_request: bool
     """Whether it is one generate call, rather than passes one by one."""
+    lent: Literal["no", "edits", "measuring"] = "no"
+    """Whether others call the model, with batches of any size under one policy, and whether its stops may open."""
     calls: list[CallRecord] = field(default_factory=list)
     ended: dict[int, Ended] = field(default_factory=dict)
     looked: int = 0
@@ -88,10 +91,11 @@ class Attached(Run):
 
     @contextmanager
     def rows(
-        self, owners: Sequence[int], prompt_tokens: int | tuple[int, ...] | None = None, *, is_request: bool = False
-    ) -> Iterator[Table]:
+        self, owners: Sequence[int], prompt_tokens: int | tuple[int, ...] | None = None, *, is_request: bool = False,
+        lent: Literal["no", "edits", "measuring"] = "no",
+    ) -> Iterator[Table]:  # fmt: skip
         """Passes of this thread or task, inside the block, are of these rows."""
-        mine = Table(self, tuple(owners), prompt_tokens, is_request)
+        mine = Table(self, tuple(owners), prompt_tokens, is_request, lent)
         _TABLES.set((*_TABLES.get(), mine))
         try:
             yield mine
@@ -100,18 +104,30 @@ class Attached(Run):
             _TABLES.set(tuple(table for table in _TABLES.get() if table is not mine))
 
     def cover(self, rows: int, request: Request | None) -> Bool[Tensor, "batch rules"]:
-        """Which rules each forward row is under. Raises `UnguardedCall`, `RowsMismatch`."""
+        """Which rules each forward row is under. Raises `UnguardedCall`, `UnsupportedMode`, `RowsMismatch`."""
         if (table := self.table) is None:
             raise _unnamed()
         copies = request.copies if request is not None else 1
-        if rows != len(table.owners) * copies:
+        owners = self._of_others(table, rows, request) if table.lent != "no" else table.owners
+        if rows != len(owners) * copies:
             raise RowsMismatch(
-                f"policies for {len(table.owners)} rows", f"the batch has {rows} rows of {copies} each",
+                f"policies for {len(owners)} rows", f"the batch has {rows} rows of {copies} each",
                 "Name one policy per row of the batch, or one for all.",
             )  # fmt: skip
-        owner = torch.tensor(table.owners).repeat_interleave(copies)
+        owner = torch.tensor(owners).repeat_interleave(copies)
         columns = [torch.isin(owner, torch.tensor(sorted(bound.plans or ()))) for bound in self.rules]
         return torch.stack(columns, 1) if columns else torch.zeros(rows, 0, dtype=torch.bool)
+
+    def _of_others(self, table: Table, rows: int, request: Request | None) -> tuple[int, ...]:
+        """The policies of a pass that somebody else makes, with as many rows as it has."""
+        if request is not None:
+            raise UnguardedCall(
+                "generate of the model inside a guarded one", "its answer would be neither stopped nor on record",
+                "Call generate of the model that the guardrail is attached to.",
+            )  # fmt: skip
+        if table.lent == "edits" and any(self._stops[owner] for owner in table.owners):
+            raise passes_cannot_stop()
+        return table.owners * rows
 
     def open_record(self, request: Request | None) -> CallRecord:
         """A fresh record, which lives as long as the call. Raises `UnsupportedMode` for a call inside a request."""
@@ -214,10 +230,18 @@ def _first_open(history: History, since: int, until: int) -> dict[int, tuple[int
     return found
 
 
+def passes_cannot_stop() -> UnsupportedMode:
+    """For passes one by one, which only ever edit."""
+    return UnsupportedMode(
+        "passes under a policy that stops rows", "there is no answer that could be stopped",
+        "Call guard.generate(...), or use a policy of edits only.",
+    )  # fmt: skip
+
+
 def _unnamed() -> UnguardedCall:
     return UnguardedCall(
         "a call of a guarded model", "nothing says which policy its rows are under",
-        "Call guard.generate(...), or model(...) inside `with guard.rows(...)`.",
+        "Call guard.generate(...), model(...) inside `with guard.rows(...)`, or others inside `guard.calls(...)`.",
     )  # fmt: skip
 
 

@@ -19,17 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saeguard.engines.base import Request
+from saeguard.canary import canary
+from saeguard.engines.base import Model, Request
 from saeguard.engines.inside import inside
 from saeguard.engines.session import bind, join, leave, participants
 from saeguard.errors import BadRule, GuardError, GuardNotApplied, ModelBusy, UnguardedCall, UnsupportedMode
-from saeguard.guarding.attached import Attached, Table, plan_of, stops_of
+from saeguard.guarding.attached import Attached, Table, passes_cannot_stop, plan_of, stops_of
 from saeguard.guarding.audit import AuditLog
 from saeguard.guarding.deadline import Deadline
 from saeguard.guarding.deciding import decide, opened
 from saeguard.guarding.holding import Held
 from saeguard.guarding.keys import AuditKey
+from saeguard.guarding.lending import lent, stand_in
 from saeguard.guarding.outcome import Decision, Guarded, Opened, replaced
+from saeguard.guarding.pins import module_of
 from saeguard.guarding.policy import Policy
 from saeguard.guarding.recording import Recorder
 from saeguard.guarding.records import CODE
@@ -73,6 +76,7 @@ class Guardrail:
         self.model, self.tokenizer, self.saes = model, tokenizer, saes
         self._recorder, self._seconds = recorder, seconds
         self._standing: Standing | None = None
+        self._take_off: Callable[[], None] = lambda: None
         self._changing = threading.Condition()
         self._running: list[int] = []
         """The thread of each call and each `rows` block that runs."""
@@ -80,7 +84,7 @@ class Guardrail:
     @classmethod
     def attach(
         cls,
-        model: nn.Module,
+        model: Model,
         policies: Policies,
         *,
         tokenizer: Any,
@@ -93,11 +97,12 @@ class Guardrail:
 
         Every policy has to be made for this model, tokenizer and SAEs. ``audit`` gets one record per row of every
         request, in which ``key`` stands for the prompt. ``seconds`` is how long a call of `generate` may take. Raises
-        `PolicyError`, `BindError`, `ModelBusy`.
+        `PolicyError`, `BindError`, `ModelBusy`, and `CanaryFailed` when edits of this model go wrong.
         """
         given = [saes] if isinstance(saes, SAE) else list(saes)
-        guard = cls(model, tokenizer, {sae.name: sae for sae in given}, Recorder(audit, key), seconds)
+        guard = cls(module_of(model), tokenizer, {sae.name: sae for sae in given}, Recorder(audit, key), seconds)
         guard._standing = guard._stand(policies)
+        guard._take_off = stand_in(guard)
         return guard
 
     def generate(
@@ -165,12 +170,25 @@ class Guardrail:
         with self._in_force() as standing:
             owners = standing.numbers(rows, n)
             if not measuring and any(standing.attached.stops(owner) for owner in owners):
-                raise UnsupportedMode(
-                    "passes under a policy that stops rows", "there is no answer that could be stopped",
-                    "Call guard.generate(...), or use a policy of edits only.",
-                )  # fmt: skip
+                raise passes_cannot_stop()
             with standing.attached.rows(owners, prompt_tokens) as table:
                 yield table
+
+    @contextmanager
+    def calls(
+        self, policy: str | None = None, *, tenant: str | None = None,
+        prompt_tokens: int | tuple[int, ...] | None = None, measuring: bool = False,
+    ) -> Iterator[None]:  # fmt: skip
+        """Calls that others make of the model in this thread, inside the block, are under ``policy``, in every row.
+
+        For pipelines and harnesses, whose batches have any size. ``model.generate`` is then `generate`, and gives its
+        sequences; passes are edited as in `rows`. Raises `UnsupportedMode` from a pass under a policy that stops rows,
+        unless ``measuring``.
+        """
+        with self._in_force() as standing:
+            owners, how = standing.numbers(policy, 1), "measuring" if measuring else "edits"
+            with standing.attached.rows(owners, prompt_tokens, lent=how), lent(self, standing.attached, policy, tenant):
+                yield
 
     def opened(self, table: Table) -> tuple[Opened, ...]:
         """Of each row of a `rows` block: whether a gate of its policy has opened, and whether one that stops rows has.
@@ -200,6 +218,7 @@ class Guardrail:
         with self._changing:
             self._wait()
             if self._standing is not None:
+                self._take_off()
                 with inside(self._standing.session.number):
                     leave(self._standing.session, self._standing.attached)
                 self._standing = None
@@ -226,6 +245,7 @@ class Guardrail:
         listed = list(named.values())
         ready = prepare(self.model, [plan_of(policy) for policy in listed], every_row=False,
                         saes=self.saes, tokenizer=self.tokenizer, replaces=replaces)  # fmt: skip
+        canary(ready.engine, ready.places)
         attached = Attached(listed, ready)
         session = join(ready.engine, attached, ready.places)
         return Standing(tuple(named), attached, session)

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from saeguard.errors import AmbiguousSAE, BadPolicy
+from saeguard.engines.base import Model
+from saeguard.errors import AmbiguousSAE, BadPolicy, UnsupportedModel
 from saeguard.fingerprints import config_fingerprint, model_fingerprint, tokenizer_fingerprint
 from saeguard.guarding.figures import check_text
 from saeguard.guarding.records import DIGEST
@@ -19,6 +20,17 @@ from saeguard.sites import Site
 
 SAEs = SAE | Iterable[SAE] | Mapping[str, SAE]
 MAX_NAME = 1_000
+
+
+def module_of(model: Model) -> nn.Module:
+    """``model``, which a guardrail can be attached to. Raises `UnsupportedModel` for what only wraps one."""
+    if isinstance(model, nn.Module):
+        return model
+    raise UnsupportedModel(
+        f"a guardrail on {type(model).__name__}",
+        "it is not the model but wraps one, which others can call without it",
+        "Use the model inside of it (for nnsight, model._module); what goes through the wrapper is then guarded too.",
+    )
 
 
 @dataclass(frozen=True)
@@ -35,8 +47,12 @@ class ModelPin:
         check_digest("the configuration of a policy's model", self.config)
 
     @classmethod
-    def of(cls, model: nn.Module, name: str | None = None) -> "ModelPin":
-        """The pin of a live model, named by its folder or repository unless ``name`` is given."""
+    def of(cls, model: Model, name: str | None = None) -> "ModelPin":
+        """The pin of a live model, named by its folder or repository unless ``name`` says otherwise.
+
+        Raises `UnsupportedModel`.
+        """
+        model = module_of(model)
         own = str(getattr(model, "name_or_path", "")).rstrip("/").rpartition("/")[2]
         return cls(name or own or type(model).__name__, model_fingerprint(model), config_fingerprint(model))
 

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from saeguard import strict_json
+from saeguard.engines.base import Model
 from saeguard.errors import BadPolicy, BadPolicyFile, PlanError, PolicyMismatch, SaeguardError, StalePolicy
 from saeguard.fingerprints import tokenizer_fingerprint
 from saeguard.gates.base import Gate
@@ -127,7 +128,7 @@ class Policy:
     @classmethod
     def of(
         cls,
-        model: nn.Module,
+        model: Model,
         tokenizer: Any,
         saes: SAEs,
         plan: Plan | None = None,
@@ -142,7 +143,7 @@ class Policy:
     ) -> "Policy":
         """A policy for these very objects; ``sources`` say of SAEs where `load_sae` finds them, else their names do.
 
-        The weights are hashed, about one second per GB. Raises `BadPolicy`, `AmbiguousSAE`.
+        The weights are hashed, about one second per GB. Raises `BadPolicy`, `AmbiguousSAE`, `UnsupportedModel`.
         """
         where = sources or {}
         pins = [SAEPin.of(sae, name=own, source=where.get(own)) for own, sae in by_name(saes).items()]

@@ -30,6 +30,7 @@ from saeguard.loaders import (
     refused,
     saelens,
     sparsify,
+    vectors,
 )  # fmt: skip
 from saeguard.loaders.places import parts, resolve, shipped, shipped_boosts
 from saeguard.loaders.source import Hints, Source
@@ -74,6 +75,7 @@ LOADERS: dict[str, Loader] = {
     "lm_saes": lm_saes,
     "qwen_scope": qwen_scope,
     "sparsify": sparsify,
+    "vectors": vectors,
     "refused": refused,
 }
 
@@ -91,10 +93,16 @@ def open_sae(
     _check_numbers(top_k, input_scale)
     place = resolve(source)
     hints = Hints(
-        _site(site), _site(site_out), model or place.model, top_k,
+        _site(site) or place.site, _site(site_out), model or place.model, top_k,
         place.input_scale if input_scale is None else input_scale, place.overrides, place.origin,
     )  # fmt: skip
     stored = open_source(Source(place.path), hints)
+    if place.site is not None and (stored.family != "vectors" or hints.site != place.site):
+        raise UnsupportedFormat(
+            f"SAE {str(source)!r}" + (f" at {hints.site}" if hints.site != place.site else ""),
+            f"the @ names {place.site} of a file of vectors, and this is of {stored.family}",
+            "Leave the @ or site= away.",
+        )
     asked = {"top_k": (top_k, stored.top_k), "input_scale": (input_scale, stored.manifest.get("input_scale"))}
     for name, (wanted, used) in asked.items():
         if wanted is not None and wanted != used:
@@ -162,6 +170,7 @@ def load_sae(
 ) -> SAE:
     """Load an SAE from a shipped name, a folder, a file, ``hf://owner/repo/path`` or a pair (release, id).
 
+    ``control.gguf@12`` are the vectors of a file at one of its sites, see `saeguard.loaders.vectors`.
     ``base+domain`` is the SAE ``base`` with the boost in its folder ``boosts/domain`` behind it.
 
     ``load_sae("smollm2-135m-instruct/resid_post.20")``, ``load_sae(("gpt2-small-res-jb", "blocks.8.hook_resid_pre"))``.

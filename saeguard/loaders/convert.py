@@ -52,6 +52,7 @@ def convert(
     place = resolve(source)
     written = Path(target) if Path(target).suffix == ".safetensors" else Path(target) / FILE
     _check_target(place.path, written, overwrite)
+    site = site or place.site
     request = {
         "source": str(place.path), "memory_bytes": memory_bytes or _memory(place.path), "seconds": seconds,
         "hints": {"site": str(site) if site else None, "site_out": str(site_out) if site_out else None,

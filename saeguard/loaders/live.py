@@ -4,16 +4,27 @@ Nothing of sae_lens is imported before it is needed, and its objects are not cha
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from torch import nn
 
 from saeguard.errors import MissingExtra, UnsupportedFormat
 from saeguard.loaders import saelens
 from saeguard.loaders.source import Hints, Source
 from saeguard.sae import SAE, TENSORS
 from saeguard.sites import Site
+
+SAEs = SAE | nn.Module | Iterable[SAE | nn.Module] | Mapping[str, SAE | nn.Module]
+"""One SAE or several, with names or without: ours, or live ones of sae_lens."""
+
+
+def as_ours(sae: SAE | nn.Module) -> SAE:
+    """``sae``, or what `load_saelens` makes of it where it is not one of ours."""
+    return sae if isinstance(sae, SAE) else load_saelens(sae)
 
 
 def load_saelens(

@@ -3,6 +3,7 @@
     smollm2-135m-instruct/resid_post.20       shipped with the package
     smollm2-135m-instruct/resid_post.20+biology     the same with a boost behind it, see `saeguard.boosted`
     path/to/folder or path/to/file
+    path/to/file@12                           of a file of steering vectors those at resid_post.12
     hf://owner/repo/path[@revision]           the files of that folder, or that file, fetched to the hub's cache
     (release, id)                             a SAELens release, see `saeguard.loaders.releases`
 
@@ -27,6 +28,8 @@ from typing import Any
 
 from saeguard.errors import ModelUnavailable, SaeguardError, UnsupportedFormat
 from saeguard.loaders.releases import by_place, find, releases
+from saeguard.loaders.vectors import at_site
+from saeguard.sites import Site
 
 logger = logging.getLogger("saeguard.loaders.places")
 
@@ -69,6 +72,8 @@ class Local:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
     """Of fetched files the ``hub`` repository, the ``path`` in it, and as ``revision`` the commit."""
+    site: Site | None = None
+    """The one that is named behind an @."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ def resolve(source: str | Path | tuple[str, str]) -> Local:
     if str(source).startswith("hf:"):
         return _known(_fetched(parse(str(source))))
     path = _in_assets().get(str(source), Path(os.path.expanduser(source)))
+    if (named := at_site(str(path))) is not None:
+        return replace(_known(Local(Path(named[0]))), site=named[1])
     if not os.path.exists(path):  # Path.exists raises for names that are too long
         raise UnsupportedFormat(
             f"SAE {str(source)!r}",
