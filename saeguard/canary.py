@@ -77,9 +77,8 @@ def canary(
         return reason
     state = _state(model, places, kernel)
     if again or state not in _PASSED.setdefault(model, set()):
-        with _as_it_was(model):
-            if not _try(engine, places, kernel):
-                return "the model itself makes numbers that are not finite"
+        if not _try(engine, places, kernel):
+            return "the model itself makes numbers that are not finite"
         _PASSED.setdefault(model, set()).add(state)
     return "passed"
 
@@ -127,24 +126,32 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
                 part.training = True
 
 
+Hooks = dict[int, Callable[..., Any]]
+
+
+def _strangers(model: nn.Module) -> list[tuple[Hooks, Hooks]]:
+    """Each table of hooks, and the hooks in it that are not the frameworks' own."""
+    tables: list[Any] = [hooks for part in model.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+    found = [(hooks, {key: hook for key, hook in list(hooks.items()) if not _is_frameworks(hook)}) for hooks in tables]
+    return [(hooks, theirs) for hooks, theirs in found if theirs]
+
+
 @contextmanager
-def _strangers(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Call what it gives to take off the hooks that are there now, but for the frameworks' own; they come back."""
-    hooked = [hooks for part in model.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks) if hooks]
-    there = [dict(hooks) for hooks in hooked]
-
-    def bare() -> None:
-        for hooks, found in zip(hooked, there, strict=True):
-            for key in [key for key, hook in found.items() if not _is_frameworks(hook)]:
-                hooks.pop(key, None)
-
+def _without(strangers: Sequence[tuple[Hooks, Hooks]]) -> Iterator[None]:
+    """Let something that does nothing stand in their places; who takes off a hook meanwhile has taken it off."""
+    there = [(hooks, key, hook) for hooks, theirs in strangers for key, hook in theirs.items() if key in hooks]
+    for hooks, key, _ in there:
+        hooks[key] = _nothing
     try:
-        yield bare
+        yield
     finally:
-        for hooks, found in zip(hooked, there, strict=True):
-            later = {key: hook for key, hook in hooks.items() if key not in found}
-            hooks.clear()
-            hooks.update(found | later)
+        for hooks, key, hook in there:
+            if key in hooks:
+                hooks[key] = hook
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """A hook that does nothing."""
 
 
 def _hooks_of(part: nn.Module) -> int:
@@ -167,12 +174,13 @@ def _try(engine: Engine, places: Mapping[Site, Place], kernel: KernelName | None
     ours = {site: _in_front(place) for site, place in places.items()}
     ahead = [site for site, place in places.items() if readers[site].module is not place.module]
     with ExitStack() as stack:  # hooks run in the order in which they came, but for those that ask to be ahead of all
-        bare = stack.enter_context(_strangers(model))
+        strangers = _strangers(model)
         before = stack.enter_context(_watched(ours))
         session = join(engine, probe, dict(places))  # from here on, calls of other threads are refused
         stack.callback(leave, session, probe)
         after = stack.enter_context(_watched(readers, ahead))
-        bare()
+        stack.enter_context(_as_it_was(model))
+        stack.enter_context(_without(strangers))
         with session.muted():
             _run(model, ids)
         plain = dict(after)

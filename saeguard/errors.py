@@ -332,4 +332,4 @@ class UnsupportedMode(GuardError):
 
 
 class ModelBusy(GuardError):
-    """Another thread or task steers this model."""
+    """Another thread or task steers this model, or a block is open on a part of it."""

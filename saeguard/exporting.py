@@ -13,7 +13,6 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,7 +22,8 @@ from torch import Tensor
 from saeguard.editor import BoundRule, bind
 from saeguard.errors import NotConstant, SiteNotFound, UnsupportedFormat
 from saeguard.kernels.parts import lay_out
-from saeguard.loaders import load_sae
+from saeguard.loaders.live import SAEs
+from saeguard.naming import load_all
 from saeguard.ops import Add
 from saeguard.plans import Plan
 from saeguard.sae import SAE
@@ -38,7 +38,7 @@ _U32, _TEXT, _F32 = 4, 8, 0
 
 def constant_vectors(
     plan: Plan | Sequence[Plan | None],
-    saes: SAE | Iterable[SAE] | Mapping[str, SAE] = (),
+    saes: SAEs = (),
     *,
     everywhere: bool = False,
 ) -> dict[Site, Float[Tensor, " d"]]:
@@ -52,7 +52,7 @@ def constant_vectors(
             f"vectors of {len(plan)} plans", "rows have plans of their own, and a vector is for all rows",
             "Export each plan by itself.",
         )  # fmt: skip
-    loaded = _load(plan, saes)
+    loaded = load_all([plan], saes)
     found: dict[Site, Tensor] = {}
     bound = bind([plan], loaded, every_row=True)
     for one in bound:
@@ -66,22 +66,20 @@ def constant_vectors(
 def export_vectors(directions: Directions, path: str | Path, *, model_type: str = "") -> Path:
     """Write vectors whole or not at all; the ending of ``path`` says how, .gguf or .safetensors.
 
-    ``model_type`` is what a GGUF file says of its model ("llama"), which nothing checks. Raises `UnsupportedFormat`
-    for another ending, and `SiteNotFound` for sites that a control vector cannot name.
+    ``model_type`` is what a GGUF file says of its model ("llama"), which nothing checks. A folder that is not there is
+    made. Raises `UnsupportedFormat` for another ending, and for anything but finite vectors, at one or more sites and
+    of one width per stream; `SiteNotFound` for sites that a control vector cannot name.
     """
     target, writers = Path(path), {".gguf": _write_gguf, ".safetensors": _write_safetensors}
     if target.suffix not in writers:
         raise UnsupportedFormat(
             f"vectors in {target.name}", f"it ends in {target.suffix!r}", f"Endings: {' and '.join(writers)}."
         )
+    plain = _plain(directions, target)
+    if target.suffix == ".gguf":
+        as_directions(plain)  # refused before a folder is made
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".partial")
-    plain = {
-        site: vector.detach().to("cpu", torch.float32, copy=True).contiguous() for site, vector in directions.items()
-    }
-    if broken := [str(site) for site, vector in plain.items() if not bool(torch.isfinite(vector).all())]:
-        raise UnsupportedFormat(
-            f"vectors in {target.name}", f"those at {', '.join(broken)} hold NaN or infinity", "Use smaller amounts."
-        )
     writers[target.suffix](plain, temporary, model_type)
     temporary.chmod(_MODE)  # safetensors writes files that only their owner can read
     os.replace(temporary, target)
@@ -103,17 +101,6 @@ def as_directions(directions: Directions) -> dict[int, Float[Tensor, " d"]]:
             )  # fmt: skip
         found[n] = found[n] + vector if n in found else vector
     return dict(sorted(found.items()))
-
-
-def _load(plan: Plan, saes: SAE | Iterable[SAE] | Mapping[str, SAE]) -> dict[str, SAE]:
-    listed: Any = [saes] if isinstance(saes, SAE) else saes
-    given = dict(listed) if isinstance(listed, Mapping) else {sae.name: sae for sae in listed}
-    wanted: dict[str, dict[int, None]] = {}
-    for rule in plan.rules:
-        wanted.setdefault(rule.sae, {}).update(dict.fromkeys(rule.latents))
-        for leaf in rule.gate.leaves if rule.gate is not None else ():
-            wanted.setdefault(leaf.sae or rule.sae, {})
-    return {name: given[name] if name in given else load_sae(name, latents=latents) for name, latents in wanted.items()}
 
 
 def _why_not(one: BoundRule, others: Iterable[BoundRule], sae: SAE, everywhere: bool) -> tuple[str, str] | None:
@@ -141,6 +128,30 @@ def _why_not(one: BoundRule, others: Iterable[BoundRule], sae: SAE, everywhere: 
             "Write special=True in the rule, or say everywhere=True (--everywhere) if that is meant.",
         )
     return None
+
+
+def _plain(directions: Directions, path: Path) -> dict[Site, Float[Tensor, " d"]]:
+    """Copies in float32, of which safetensors wants that none share memory. Raises `UnsupportedFormat`."""
+    what = f"vectors in {path.name}"
+    if not directions:
+        raise UnsupportedFormat(what, "there are none", "Give {Site('resid_post', 12): vector}.")
+    if odd := [str(site) for site, given in directions.items() if not isinstance(given, Tensor) or given.ndim != 1]:
+        raise UnsupportedFormat(
+            what, f"those at {', '.join(odd)} are no tensors of one dimension", "Write one vector per site."
+        )
+    plain = {
+        site: given.detach().to("cpu", torch.float32, copy=True).contiguous() for site, given in directions.items()
+    }
+    if broken := [str(site) for site, vector in plain.items() if not bool(torch.isfinite(vector).all())]:
+        raise UnsupportedFormat(what, f"those at {', '.join(broken)} hold NaN or infinity", "Use smaller amounts.")
+    widths: dict[str, set[int]] = {}
+    for site, vector in plain.items():
+        widths.setdefault("a control vector" if path.suffix == ".gguf" else site.stream, set()).add(len(vector))
+    for stream, found in widths.items():
+        if len(found) > 1 or 0 in found:
+            text = " and ".join(map(str, sorted(found)))
+            raise UnsupportedFormat(what, f"those of {stream} are {text} wide", "A stream of a model has one width.")
+    return plain
 
 
 def _write_safetensors(directions: Directions, path: Path, model_type: str) -> None:

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from saeguard.engines.base import Pass, Place
 from saeguard.errors import GuardNotApplied, UnsupportedMode, UnsupportedModel
+from saeguard.loaders.live import SAEs
 from saeguard.passes import OnePass
-from saeguard.plans import Plan
-from saeguard.sae import SAE
 from saeguard.sites import Site
-from saeguard.steering import Plans, Run, prepare
+from saeguard.steering import Plans, Run, start
 
 Hook = tuple[str, Callable[..., Tensor]]
 """The name of a hook point, and what is called there as ``fn(tensor, hook=point)``."""
@@ -32,29 +31,28 @@ _IDS = "embed.hook_in"
 def plan_as_hooks(
     plan: Plans,
     bridge: nn.Module,
-    saes: SAE | Iterable[SAE] | Mapping[str, SAE] = (),
+    saes: SAEs = (),
     *,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     tokenizer: Any = None,
     special_ids: Iterable[int] | None = None,
-    prompt_tokens: int | tuple[int, ...] | None = None,
+    prompt_tokens: int | Sequence[int] | None = None,
 ) -> list[Hook]:
     """Hook functions that edit every whole pass of ``bridge`` as `steer` would; give all of them, in this order.
 
     ``plan`` may be a list with one plan per row. ``attention_mask`` has to be that of the passes, None for texts
-    without padding. The functions raise `GuardError` where they cannot be exact. Raises `BindError` as `steer` does,
-    and `UnsupportedModel` for anything but a bridge.
+    without padding. The functions raise `GuardError` where they cannot be exact. Raises `BindError` and `BadRule` as
+    `steer` does, and `UnsupportedModel` for anything but a bridge.
     """
-    every_row = plan is None or isinstance(plan, Plan)
-    plans: Sequence[Plan | None] = [plan] if plan is None or isinstance(plan, Plan) else list(plan)
-    ready = prepare(bridge, plans, every_row=every_row, saes=saes, tokenizer=tokenizer, special_ids=special_ids)
+    run, ready = start(
+        bridge, plan, saes=saes, tokenizer=tokenizer, special_ids=special_ids, prompt_tokens=prompt_tokens
+    )
     if ready.engine.name != "TransformerLens":
         raise UnsupportedModel(
             f"hook functions for {type(bridge).__name__}",
             f"its engine is {ready.engine.name}, and they are for bridges of TransformerLens",
             "Use steer(model, plan), or make a bridge with TransformerBridge.boot_transformers.",
         )
-    run = Run(plans, ready, every_row=every_row, prompt_tokens=prompt_tokens)
     passing = _Passing(run, ready.places, ready.engine.model, attention_mask)
     in_turn = sorted(ready.places, key=lambda site: sum(ready.places[site].follows(p) for p in ready.places.values()))
     return [(_IDS, passing.begin), *((ready.places[site].path, passing.change_at(site)) for site in in_turn)]

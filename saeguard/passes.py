@@ -10,7 +10,7 @@ import torch
 
 from saeguard.axes import Stream
 from saeguard.engines.base import Pass, Place
-from saeguard.engines.calls import Call, Forward, View, stream_at, tokens_of
+from saeguard.engines.calls import Call, Forward, View, needed_later, stream_at, tokens_of
 from saeguard.errors import GuardNotApplied, UnstableEdit
 from saeguard.sites import Site
 from saeguard.steering import Run
@@ -25,6 +25,7 @@ class OnePass:
         self._view = View(tokens_of(seen, run, None), run.cover(seen.rows, None).to(seen.device), record)
         self._forward = Forward(call, {run: self._view}, seen.rows, seen.width, frozenset(places))
         self._run, self._places = run, places
+        self._needed = needed_later([run], places)
 
     def change(self, site: Site, carried: Stream) -> Stream:
         """What a module has to carry at ``site`` instead of ``carried``. Raises `GuardNotApplied`, `UnstableEdit`."""
@@ -38,9 +39,10 @@ class OnePass:
             )  # fmt: skip
         forward.ran.add(site)
         base = None if place.base is None else stream_at(forward, place.base, site)
-        x = forward.streams[site] = place.value(carried, base)
+        x = place.value(carried, base)
         editor = self._run.editors.get(site)
         if editor is None:
+            self._keep(site, x)
             return carried
         streams = {other: stream_at(forward, other, site) for other in editor.reads}
         edit = editor(x, view.tokens, view.covers, streams, view.record.memory)
@@ -52,6 +54,11 @@ class OnePass:
                 "an edited vector holds NaN or infinity",
                 "Use smaller amounts, or a dtype with more range.",
             )
-        forward.streams[site] = place.value(after, base)
-        self._run.see(site, x, forward.streams[site], view, edit)
+        x_after = place.value(after, base)
+        self._keep(site, x_after)
+        self._run.see(site, x, x_after, view, edit)
         return after
+
+    def _keep(self, site: Site, x: Stream) -> None:
+        if site in self._needed:
+            self._forward.streams[site] = x.clone()

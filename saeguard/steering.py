@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import product
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from saeguard.axes import Stream
 from saeguard.canary import canary as try_canary
@@ -34,15 +34,15 @@ from saeguard.errors import (
 )
 from saeguard.kernels.pick import KernelName
 from saeguard.ledger import CallRecord, Entry
-from saeguard.loaders import load_sae
-from saeguard.loaders.live import SAEs, as_ours
+from saeguard.loaders.live import SAEs
+from saeguard.naming import are_one, load_all
 from saeguard.plans import Plan, check_dense
 from saeguard.reports import Report, report
 from saeguard.sae import SAE
 from saeguard.sites import Site
 
-_COMPARED = 8
-"""Latents by which two SAEs that were read in part are told apart."""
+_MOST = 2**62
+"""Tokens that a prompt may have: positions are int64."""
 
 _GUIDED = " If classifier-free guidance passes each row twice, those without a condition first: [None] * n + plans."
 
@@ -166,11 +166,8 @@ def steer(
     thread has a block open, `GuardError` from a pass whose edits cannot be exact, and `PlanNeverRan` at the end of a
     block in which the model was never called.
     """
-    every_row = plan is None or isinstance(plan, Plan)
-    plans: list[Plan | None] = [plan] if plan is None or isinstance(plan, Plan) else list(plan)
-    ready = prepare(model, plans, every_row=every_row, saes=saes, tokenizer=tokenizer, special_ids=special_ids,
-                    layout=layout, kernel=kernel)  # fmt: skip
-    run = Run(plans, ready, every_row=every_row, prompt_tokens=_prompt_tokens(prompt_tokens))
+    run, ready = start(model, plan, saes=saes, tokenizer=tokenizer, special_ids=special_ids,
+                       prompt_tokens=prompt_tokens, layout=layout, kernel=kernel)  # fmt: skip
     if canary:
         run.canary = try_canary(ready.engine, ready.places, kernel)
     session = join(ready.engine, run, ready.places)
@@ -186,6 +183,29 @@ def steer(
         )
 
 
+def start(
+    model: Model,
+    plan: Plans,
+    *,
+    saes: SAEs = (),
+    tokenizer: Any = None,
+    special_ids: Iterable[int] | None = None,
+    prompt_tokens: int | Sequence[int] | None = None,
+    layout: Layout | SiteMap | None = None,
+    kernel: KernelName | None = None,
+) -> tuple[Run, Ready]:
+    """A run of ``plan``, one for all rows or one per row, that nothing of the model knows of yet; see `steer`.
+
+    Raises `BindError`, and `BadRule` for ``prompt_tokens`` that are no counts, or not as many as plans per row.
+    """
+    every_row = plan is None or isinstance(plan, Plan)
+    plans: list[Plan | None] = [plan] if plan is None or isinstance(plan, Plan) else list(plan)
+    counts = _prompt_tokens(prompt_tokens, None if every_row else len(plans))
+    ready = prepare(model, plans, every_row=every_row, saes=saes, tokenizer=tokenizer, special_ids=special_ids,
+                    layout=layout, kernel=kernel)  # fmt: skip
+    return Run(plans, ready, every_row=every_row, prompt_tokens=counts), ready
+
+
 def prepare(
     model: Model,
     plans: Sequence[Plan | None],
@@ -196,14 +216,14 @@ def prepare(
     special_ids: Iterable[int] | None = None,
     layout: Layout | SiteMap | None = None,
     kernel: KernelName | None = None,
-    replaces: "Run | None" = None,
-) -> "Ready":
+    replaces: Run | None = None,
+) -> Ready:
     """All that can be settled, and refused, before the model is touched; see `steer`.
 
     The plans will not meet those of ``replaces``. Raises `BindError`.
     """
     engine = engine_for(model, layout)
-    loaded = _load(plans, saes)
+    loaded = load_all(plans, saes)
     rules = bind(plans, loaded, every_row=every_row)
     places = places_of(engine, [site for bound in rules for site in bound.sites])
     for bound in rules:
@@ -218,61 +238,6 @@ def prepare(
     }
     check_ranks(engine.model, repr((plans, sorted(sae.key for sae in loaded.values()))))
     return Ready(engine, places, rules, editors, loaded, _special_ids(special_ids, tokenizer, engine, loaded))
-
-
-def _load(plans: Sequence[Plan | None], saes: SAEs) -> dict[str, SAE]:
-    listed: Any = [saes] if isinstance(saes, SAE | nn.Module) else saes  # those of sae_lens can be iterated over
-    if isinstance(saes, Mapping):
-        given = {name: as_ours(sae) for name, sae in saes.items()}
-    else:
-        given = _by_name(map(as_ours, listed))
-    wanted: dict[str, dict[int, None] | None] = {}  # None: a dense op needs all latents
-    for rule in (rule for plan in plans if plan is not None for rule in plan.rules):
-        for leaf in rule.gate.leaves if rule.gate else ():
-            if leaf.latents and (mine := wanted.setdefault(leaf.sae or rule.sae, {})) is not None:
-                mine.update(dict.fromkeys(leaf.latents))
-        watched, found = rule.trigger.latents if rule.trigger else (), wanted.setdefault(rule.sae, {})
-        if rule.needs_all:
-            wanted[rule.sae] = None
-        elif found is not None:
-            found.update(dict.fromkeys(rule.latents + watched))
-    loaded = {
-        name: given[name] if name in given else load_sae(name, latents=None if latents is None else tuple(latents))
-        for name, latents in wanted.items()
-    }
-    for (name, sae), (other, twin) in combinations(loaded.items(), 2):
-        if sae.key != twin.key and _is_one_dictionary(sae, twin):
-            raise AmbiguousSAE(
-                f"rules on {name} and {other}",
-                "both are one SAE, read twice, and latents that both set could be edited twice",
-                "Name it in one way in all rules.",
-            )
-    return loaded
-
-
-def _is_one_dictionary(a: SAE, b: SAE) -> bool:
-    """Whether two SAEs, read differently or with other boosts, have a latent in common, weights and all."""
-    if a.is_vectors and b.is_vectors and a.site != b.site:  # one vector may be added at several layers
-        return False
-    n, also = (sae.n_base or sae.d_sae for sae in (a, b))
-    if (n, a.d_in, a.d_out) != (also, b.d_in, b.d_out) or {a.held, b.held, a.n_base, b.n_base} == {None}:
-        return False
-    common = sorted(set(range(n)) & set(a.held or range(n)) & set(b.held or range(n)))[:_COMPARED]
-    if not common:
-        return False
-    return torch.equal(a.narrow(common).W_dec.cpu().float(), b.narrow(common).W_dec.cpu().float())
-
-
-def _by_name(saes: Iterable[SAE]) -> dict[str, SAE]:
-    given: dict[str, SAE] = {}
-    for sae in saes:
-        if given.setdefault(sae.name, sae).key != sae.key:
-            raise AmbiguousSAE(
-                f"rules on {sae.name}",
-                "two different SAEs of that name were given",
-                "Give them as a mapping, saes={'a': first, 'b': second}, and name 'a' and 'b' in the rules.",
-            )
-    return given
 
 
 def _check_fit(sae: SAE, place: Place, out: Place, engine: Engine, *, only_reads: bool = False) -> None:
@@ -322,7 +287,7 @@ def _check_nesting(outside: Sequence[Any], rules: Sequence[BoundRule], saes: Map
             same_rows = theirs.plans is None or ours.plans is None or theirs.plans & ours.plans
             if not same_rows or theirs.site != ours.site:
                 continue
-            one_place = theirs.reads == ours.reads and _same(outer.saes[theirs.rule.sae], saes[ours.rule.sae])
+            one_place = theirs.reads == ours.reads and are_one(outer.saes[theirs.rule.sae], saes[ours.rule.sae])
             check_dense(theirs.rule, ours.rule, one_place=one_place, one_site=True)
             shared = set(theirs.rule.latents) & set(ours.rule.latents)
             if one_place and shared:
@@ -333,16 +298,19 @@ def _check_nesting(outside: Sequence[Any], rules: Sequence[BoundRule], saes: Map
                 )
 
 
-def _same(a: SAE, b: SAE) -> bool:
-    """Whether two SAEs are one, read alike or not."""
-    return a.key == b.key or _is_one_dictionary(a, b)
-
-
-def _prompt_tokens(given: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
-    numbers = () if given is None else (given,) if isinstance(given, int) else tuple(given)
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+def _prompt_tokens(given: Any, rows: int | None) -> int | tuple[int, ...] | None:
+    """Counts of real prompt tokens: one for all rows, or one for each; None for ``rows`` is as many as a pass has."""
+    if given is None:
+        return None
+    is_listed = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    counts: tuple[Any, ...] = tuple(given) if is_listed else (given,)
+    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= _MOST for n in counts):
         raise BadRule(f"prompt_tokens={given!r}", "that is not a count of tokens", "Give one int, or one per row.")
-    return given if given is None or isinstance(given, int) else numbers
+    if is_listed and rows not in (None, len(counts)):
+        raise BadRule(
+            f"prompt_tokens={given!r}", f"there are {rows} plans, one per row", "Give one int, or as many as plans."
+        )
+    return counts if is_listed else counts[0]
 
 
 def _check_bos(tokenizer: Any, saes: Mapping[str, SAE]) -> None:

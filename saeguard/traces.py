@@ -20,12 +20,11 @@ from typing import Any
 
 from saeguard.engines.base import Engine, Model, Pass, Place
 from saeguard.errors import UnsupportedMode, UnsupportedModel
+from saeguard.loaders.live import SAEs
 from saeguard.passes import OnePass
-from saeguard.plans import Plan
 from saeguard.reports import Report
-from saeguard.sae import SAE
 from saeguard.sites import Site
-from saeguard.steering import Plans, Run, prepare
+from saeguard.steering import Plans, Run, start
 
 _IN_TURN = (
     "resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_normed", "mlp_in", "mlp_post", "mlp_out", "resid_post",
@@ -36,30 +35,28 @@ _IN_TURN = (
 def plan_in_trace(
     plan: Plans,
     model: Model,
-    saes: SAE | Iterable[SAE] | Mapping[str, SAE] = (),
+    saes: SAEs = (),
     *,
     tokenizer: Any = None,
     special_ids: Iterable[int] | None = None,
-    prompt_tokens: int | tuple[int, ...] | None = None,
+    prompt_tokens: int | Sequence[int] | None = None,
 ) -> "TraceEdits":
     """What edits a pass when it is called in a trace of ``model``, as `steer` would.
 
     ``plan`` may be a list with one plan per row of what calls it, of an invoke or of the whole batch. Rules for a phase
-    need ``prompt_tokens``, the number of real prompt tokens, in all or per row. Raises `BindError` as `steer` does, and
-    `UnsupportedModel` for models that are not nnsight's.
+    need ``prompt_tokens``, the number of real prompt tokens, in all or per row. Raises `BindError` and `BadRule` as
+    `steer` does, and `UnsupportedModel` for models that are not nnsight's.
     """
-    every_row = plan is None or isinstance(plan, Plan)
-    plans: Sequence[Plan | None] = [plan] if plan is None or isinstance(plan, Plan) else list(plan)
-    ready = prepare(model, plans, every_row=every_row, saes=saes, tokenizer=tokenizer, special_ids=special_ids)
+    run, ready = start(
+        model, plan, saes=saes, tokenizer=tokenizer, special_ids=special_ids, prompt_tokens=prompt_tokens
+    )
     if not hasattr(model, "interleaver"):
         raise UnsupportedModel(
             f"edits in a trace of {type(model).__name__}",
             f"its engine is {ready.engine.name}, and it has no traces",
             "Give nnsight's model, or use steer(model, plan).",
         )
-    return TraceEdits(
-        model, ready.engine, ready.places, Run(plans, ready, every_row=every_row, prompt_tokens=prompt_tokens)
-    )
+    return TraceEdits(model, ready.engine, ready.places, run)
 
 
 class TraceEdits:

@@ -173,7 +173,7 @@ def layer_skipped(model: nn.Module, block: Block) -> None:
         model(IDS, use_cache=False)
 
 
-@refused(errors.GuardNotApplied, "or twice in one call")
+@refused(errors.GuardNotApplied, "ran a second time in one pass")
 def layer_used_twice(model: nn.Module, block: Block) -> None:
     model = copy.deepcopy(model)
     with block(model):

@@ -232,6 +232,23 @@ def test_block_that_does_not_run_is_named():
         pass
 
 
+def test_hook_that_its_owner_takes_off_meanwhile_stays_off(monkeypatch):
+    model, make_a_pass = tiny.fresh_model(), canaries._run
+    handle = model.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+    other = model.register_forward_hook(lambda module, args, output: None)
+
+    def and_take_it_off(model: nn.Module, ids: Any) -> None:
+        handle.remove()
+        make_a_pass(model, ids)
+
+    monkeypatch.setattr(canaries, "_run", and_take_it_off)
+    with steer(model, PLAN, saes=SAE):
+        model(tiny.prompt())
+
+    assert not model._forward_pre_hooks
+    assert list(model._forward_hooks) == [other.id]
+
+
 def test_calls_of_other_threads_are_refused_while_it_runs(monkeypatch):
     model, said = tiny.fresh_model(), []
     own = canaries._run

@@ -18,12 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from saeguard import AnyActive, AtLeast, Clamp, Plan, Rule, Scale, Site, capture, steer
+from saeguard import Add, AnyActive, AtLeast, Clamp, Plan, Rule, Scale, Site, capture, steer
 from saeguard.engines import engine_for
 from saeguard.errors import (
+    BadRule,
     GuardNotApplied,
+    RowsMismatch,
     SiteNotFound,
     TokensUnknown,
+    UnstableEdit,
     UnsupportedMode,
     UnsupportedModel,
     WidthMismatch,
@@ -32,6 +35,7 @@ from saeguard.gates import Hits, Latched, Rate, Watch
 from saeguard.guarding.guardrail import Guardrail
 from saeguard.guarding.policy import Policy, Refuse
 from saeguard.hooks import plan_as_hooks
+from saeguard.patching import patch
 from tests import laws, tiny
 from tests.counts import cases
 from tests.modes import word_tokenizer
@@ -51,6 +55,7 @@ PLACED = [(name, stream) for name in NAMES for stream in STREAMS if (name, strea
 SAES = [tiny.tiny_sae(activation=kind, name=kind, seed=i) for i, kind in enumerate(("relu", "jumprelu", "topk"))]
 SAES.append(tiny.tiny_sae(name="attention", seed=7, site=Site("attn_out", 0)))
 SAES.append(tiny.tiny_sae(name="mlp", seed=8, site=Site("mlp_out", 2)))
+LAYER_END = "resid_post.1"
 PUSH = Plan((Rule("relu", (1, 2, 3), AtLeast(4.0)),))
 
 
@@ -401,6 +406,28 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("way", ["a call", "run_with_cache"])
+def test_stopping_behind_the_last_edit_is_a_whole_pass_and_before_it_is_refused(way):
+    ids, found = tiny.prompt(1, 6), bridge("llama")
+    stopped: Any = found if way == "a call" else lambda *args, **kwargs: found.run_with_cache(*args, **kwargs)[0]
+
+    with steer(found, PUSH, saes=SAES), capture(found, LAYER_END) as tape, torch.no_grad():
+        assert torch.equal(stopped(ids, stop_at_layer=2), tape[LAYER_END])
+        for layer in (0, 1, -2):
+            with pytest.raises(GuardNotApplied, match=r"resid_post\.1.*had not run"):
+                stopped(ids, stop_at_layer=layer)
+    at_the_end = Plan((Rule("relu", (1,), AtLeast(4.0), site=Site("resid_pre", 2)),))
+    with steer(found, at_the_end, saes=SAES), capture(found, "resid_pre.2") as tape, torch.no_grad():
+        assert torch.equal(stopped(ids, stop_at_layer=2), tape["resid_pre.2"])
+
+
+def test_numbers_that_are_not_finite_are_noticed_in_a_pass_that_stops():
+    endless = Plan((Rule("relu", (1,), Scale(1e38), special=True), Rule("relu", (2, 3), Add(3e38), special=True)))
+
+    with steer(bridge("llama"), endless, saes=SAES), pytest.raises(UnstableEdit), torch.no_grad():
+        bridge("llama")(tiny.prompt(1, 6), stop_at_layer=2)
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_exact_is_refused_by_name(what):
     call, error, message = REFUSED[what]
@@ -499,6 +526,36 @@ def test_hook_functions_of_a_plan_do_what_steering_does(name, rows, width, seed,
 
     assert torch.equal(twice[0], expected)
     assert torch.equal(twice[1], expected)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_hook_functions_are_told_of_prompts_as_steering_is():
+    found, ids = bridge("llama"), tiny.prompt(2, 5)
+    plan = Plan((Rule("relu", (1, 2, 3), AtLeast(4.0), phase="prompt"),))
+
+    for told in (-3, 2.5, True, [3, 2.5]):
+        with pytest.raises(BadRule, match="not a count of tokens"):
+            plan_as_hooks(plan, found, SAES, prompt_tokens=told)
+    with pytest.raises(BadRule, match="there are 2 plans, one per row"):
+        plan_as_hooks([plan, None], found, SAES, prompt_tokens=[3])
+    with pytest.raises(RowsMismatch, match="prompt_tokens for 3 rows"):
+        found.run_with_hooks(ids, fwd_hooks=plan_as_hooks(plan, found, SAES, prompt_tokens=[3, 4, 5]))
+    with steer(found, plan, saes=SAES, prompt_tokens=[2, 4]):
+        expected = logits(found, ids)
+    hooks = plan_as_hooks(plan, found, SAES, prompt_tokens=[2, 4])
+    with torch.no_grad():
+        assert torch.equal(found.run_with_hooks(ids, fwd_hooks=hooks), expected)
+
+
+def test_bridge_is_patched_as_its_model_is():
+    found, sae = bridge("llama"), SAES[0]
+    texts = {"input_ids": tiny.prompt(2, 7)}, {"input_ids": tiny.prompt(2, 7, seed=9)}
+
+    with torch.no_grad():
+        expected = patch(shared("llama"), sae, *texts, (3, 8)).logits
+        renamed = patch(found, sae, {"input": texts[0]["input_ids"]}, texts[1], (3, 8))
+        assert laws.distance(patch(found, sae, *texts, (3, 8)), expected) <= laws.TOLERANCE
+    assert laws.distance(renamed, expected) <= laws.TOLERANCE
 
 
 def test_hook_functions_of_a_plan_refuse_what_they_cannot_know():

@@ -642,8 +642,13 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         SiteNotFound, "resid_post.1 is the same place",
         enter(SiteMap({"resid_post.0": "stages.0", "resid_post.1": "stages.0"}, axes=IMAGE, width=D)),
     ),
+    "the first item by its number": (
+        SiteNotFound, "resid_post.1 is the same place",
+        enter(SiteMap({"resid_post.0": "stages.0", "resid_post.1": At("stages.0", item=0)}, axes=IMAGE, width=D)),
+    ),
+    "an item from the end": (SiteNotFound, "counted from the beginning", lambda: At("stages.0", item=-1)),
     "a module that does not run": (GuardNotApplied, "had not run", enter(one("unused", axes="batch d", width=None))),
-    "a module that runs twice": (GuardNotApplied, "twice in one call", enter(PLAIN, twice())),
+    "a module that runs twice": (GuardNotApplied, "ran a second time in one pass", enter(PLAIN, twice())),
     "other rows": (
         GuardNotApplied, "6 rows of 1 positions there, and the pass has 2 rows",
         enter(one("mixer", axes="d batch", width=2), saes=wide(2)),

@@ -22,10 +22,12 @@ from saeguard.engines import engine_for
 from saeguard.engines.base import Place
 from saeguard.engines.nnsight import Handed
 from saeguard.errors import (
+    BadRule,
     GuardNotApplied,
     MetaDevice,
     ModelBusy,
     PlanNeverRan,
+    RowsMismatch,
     SiteNotFound,
     UnsupportedMode,
     UnsupportedModel,
@@ -557,8 +559,8 @@ REFUSED: dict[Callable[[Any], None], tuple[type[Exception], str]] = {
     generating_stopped_before: (GuardNotApplied, r"resid_post\.1.*tracer.stop\(\)"),
     other_tokens: (UnsupportedMode, "writes to the input of the whole model"),
     other_tokens_in_place: (UnsupportedMode, "writes to the input of the whole model"),
-    called_apart_first: (GuardNotApplied, "twice in one call"),
-    called_apart_later: (GuardNotApplied, "twice in one call"),
+    called_apart_first: (GuardNotApplied, "ran a second time in one pass"),
+    called_apart_later: (GuardNotApplied, "ran a second time in one pass"),
     steered_inside: (ModelBusy, "another thread or task"),
     steered_behind_the_trace: (UnsupportedMode, "Put it in front"),
     captured_behind_the_trace: (UnsupportedMode, "Put it in front"),
@@ -786,6 +788,23 @@ def in_invokes_of_beams(found: Any, edits: Any) -> None:
             edits()
         with tracer.invoke(TEXTS[1]):
             edits()
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_edits_in_a_trace_are_told_of_prompts_as_steering_is():
+    found, ids = bare("llama"), tiny.prompt(2, 5)
+    plan = Plan((Rule("relu", (1, 2, 3), AtLeast(4.0), phase="prompt"),))
+
+    for told in (-3, 2.5, True, [3, 2.5]):
+        with pytest.raises(BadRule, match="not a count of tokens"):
+            plan_in_trace(plan, found, SAES, prompt_tokens=told)
+    with pytest.raises(BadRule, match="there are 2 plans, one per row"):
+        plan_in_trace([plan, None], found, SAES, prompt_tokens=[3])
+    with pytest.raises(RowsMismatch, match="prompt_tokens for 3 rows"):
+        snippet(found, plan_in_trace(plan, found, SAES, prompt_tokens=[3, 4, 5]), ids)
+    with steer(found, plan, saes=SAES, prompt_tokens=[2, 4]):
+        expected = traced(found, ids)
+    assert torch.equal(snippet(found, plan_in_trace(plan, found, SAES, prompt_tokens=[2, 4]), ids), expected)
 
 
 def test_edits_in_a_trace_refuse_what_they_cannot_know():

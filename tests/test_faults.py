@@ -124,7 +124,7 @@ def test_a_forward_called_by_hand_after_a_fault_is_refused_and_not_taken_for_the
         with pytest.raises(RuntimeError, match="boom"):
             fail(model, modules_at_sites(model)["resid_pre.0"], "pre before", RuntimeError, 1)
 
-        with pytest.raises(GuardError, match="outside a call of the steered model"):
+        with pytest.raises(GuardError, match="no pass of the steered model is running"):
             model.forward(IDS)
 
 

@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from saeguard import Ablate, Add, AnyActive, AtLeast, Clamp, Layout, Plan, Rule, Scale, Site, steer
-from saeguard.errors import OverlappingRules
+from saeguard import Ablate, Add, AnyActive, AtLeast, Clamp, Layout, Plan, Rule, Scale, Site, capture, steer
+from saeguard.errors import ModelBusy, OverlappingRules
 from tests import laws, tiny
 from tests.counts import cases
 
@@ -153,3 +153,24 @@ def test_every_rule_reads_activations_from_before_all_edits():
     second = Rule("eye", (0,), Add(3.0), special=True, trigger=AnyActive((1,)))
 
     assert edited_stack([[1.0, 2.0]], first, second) == edited_stack([[1.0, 2.0]], second, first) == [[4.0, 0.0]]
+
+
+@pytest.mark.parametrize("inner", [True, False], ids=["the part second", "the part first"])
+@pytest.mark.parametrize("second", ["steer", "steer without canary", "capture"])
+@pytest.mark.parametrize("first", ["steer", "capture"])
+def test_block_on_a_model_and_block_on_a_part_of_it_are_refused_in_either_order(first, second, inner):
+    """They would not be joint, and a capture on one would not see the edits of the other."""
+    model, plans = tiny.fresh_model(), [Plan((Rule("relu", (latent,), AtLeast(4.0)),)) for latent in (1, 2)]
+    models = (model, model.model) if inner else (model.model, model)
+
+    def block(way: str, which: int):
+        if way == "capture":
+            return capture(models[which], "resid_post.1")
+        return steer(models[which], plans[which], saes=SAES, canary="without" not in way)
+
+    with block(first, 0):
+        with pytest.raises(ModelBusy, match="Open both blocks on the same one"), block(second, 1):
+            raise AssertionError("entered")
+        models[0](tiny.prompt(1, 5))
+    with block(second, 1), torch.no_grad():
+        models[1](tiny.prompt(1, 5))

@@ -19,7 +19,7 @@ LAYERS = [
     {"sae", "triggers", "dense", "archives"},
     {"boosted", "gates"},
     {"plans", "loaders"},
-    {"kernels", "latents", "cards", "vectors"},
+    {"kernels", "latents", "cards", "vectors", "naming"},
     {"gating"},
     {"editor"},
     {"ledger", "exporting"},

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from saeguard import Add, Plan, Rule, Site, steer
+from saeguard import Add, Plan, Rule, Site, capture, steer
 from saeguard.engines import hf
 from saeguard.engines.traced import is_traced
-from saeguard.errors import CompiledModel, GuardNotApplied, SiteNotFound
+from saeguard.errors import CompiledModel, GuardNotApplied, SiteNotFound, UnsupportedMode
 from tests import modes, refusals
 from tests.counts import FULL
 from tests.tiny import fresh_model, tiny_model, tiny_sae
@@ -217,8 +217,26 @@ def test_gradient_checkpointing_is_exact_around_blocks_and_refused_inside_them(n
     assert all(map(torch.equal, gradients(model, block_of(ALL)), expected))
     assert not all(map(torch.equal, gradients(model, lambda _: nullcontext()), expected))
     inside = Rule("tiny", (1,), Add(4.0), site=Site("attn_out", 1))
-    with pytest.raises(GuardNotApplied, match=r"Call the model itself, as model\(\.\.\.\)"):
+    with pytest.raises(UnsupportedMode, match=r"gradient checkpointing at attn_out\.1.*gradient_checkpointing_disable"):
         gradients(model, block_of(inside))
+
+
+@pytest.mark.parametrize("stream", ["mlp_out", "resid_mid"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_edit_that_a_backward_pass_after_the_block_would_lose_is_refused_before_it(stream, reentrant):
+    model = copy.deepcopy(tiny_model("llama")).requires_grad_(True).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    plan = Plan((Rule("tiny", (1,), Add(4.0), site=Site(stream, 1)),))
+
+    with torch.enable_grad(), steer(model, plan, saes=SAE, canary=False):
+        with pytest.raises(UnsupportedMode, match=f"gradient checkpointing at {stream}"):
+            model(modes.IDS, use_cache=False)
+        with torch.no_grad():
+            model(modes.IDS, use_cache=False)
+        model.eval()(modes.IDS, use_cache=False)
+    with torch.enable_grad(), capture(model.train(), Site(stream, 1)):
+        loss = model(modes.IDS, use_cache=False).logits.sum()
+    loss.backward()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -3,7 +3,7 @@
 The oracle is a plan with one rule per row, token and latent, whose clamp says the number; and the edit by hand.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,7 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saeguard import Ablate, Add, AtLeast, AtMost, Clamp, Layout, Plan, Reduce, Rule, Scale, Site, capture, steer
+from saeguard import (
+    Ablate,
+    Add,
+    AtLeast,
+    AtMost,
+    Clamp,
+    Layout,
+    Plan,
+    Reduce,
+    Rule,
+    Scale,
+    Site,
+    SiteMap,
+    capture,
+    steer,
+)
 from saeguard.errors import (
     BadRule,
     LatentOutOfRange,
@@ -20,6 +35,7 @@ from saeguard.errors import (
     PlanNeverRan,
     RowsMismatch,
     SiteNotFound,
+    TokensUnknown,
     UnstableEdit,
 )
 from saeguard.patching import interchange, patch, read_latents
@@ -92,6 +108,9 @@ def patches(draw):
 @given(patches())
 def test_values_per_row_and_token_are_what_a_plan_with_a_rule_for_each_does(patched):
     sae, latents, positions, values, where, inputs = patched
+    lengths = inputs["attention_mask"].sum(1)
+    there = torch.tensor(positions) < lengths[:, None]
+    where = where & (there & (torch.tensor(positions) > 0))[..., None]
     with interchange(MODEL, sae, values, latents, positions=positions, where=where) as run, torch.no_grad():
         ours = MODEL(**inputs).logits
     with steer(MODEL, as_plans(sae, values, latents, positions, where), saes=sae) as slow, torch.no_grad():
@@ -105,6 +124,51 @@ def test_values_per_row_and_token_are_what_a_plan_with_a_rule_for_each_does(patc
             wanted[row] |= set(found)
     (said,) = run.report.rules
     assert [set(row) for row in said.edited_positions[0]] == wanted
+
+
+@settings(max_examples=cases(300))
+@given(patches(), st.booleans())
+def test_a_block_ends_without_an_error_only_if_each_value_that_counts_found_a_token(patched, special):
+    sae, latents, positions, values, where, inputs = patched
+    wanted = {(row, positions[i]) for row, i, _ in where.nonzero().tolist()}
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    block = interchange(MODEL, sae, values, latents, positions=positions, where=where, special=special)
+
+    if missed := sorted((row, p) for row, p in wanted if p >= lengths[row]):
+        expected = pytest.raises(PlanNeverRan, match=r"position \d of row [01].* came in no pass of the block")
+    elif any(p == 0 for _, p in wanted) and not special:
+        expected = pytest.raises(BadRule, match=r"position 0 of row [01].* is a special token.*special=True")
+    else:
+        expected = nullcontext()
+    with nothing_left(MODEL), expected as raised, block, torch.no_grad():
+        MODEL(**inputs)
+    if missed and len({row for row, _ in missed}) == len(missed) == 1:
+        assert f"position {missed[0][1]} of row {missed[0][0]} came" in str(raised.value)
+
+
+def test_a_mask_of_values_for_padding_is_refused_and_what_read_latents_knows_is_not():
+    inputs = padded(IDS, (5, 7), "left")
+    found = read_latents(MODEL, SAES["relu"], (3, 8), lambda: MODEL(**inputs))
+
+    with interchange(MODEL, SAES["relu"], found.f + 1, (3, 8), where=found.known[..., None]) as run, torch.no_grad():
+        MODEL(**inputs)
+    assert run.report.rules[0].edited_positions == (((1, 2, 3, 4), (1, 2, 3, 4, 5, 6)),)
+    for where in (None, torch.ones(2, 7, 2, dtype=torch.bool)):
+        with (
+            pytest.raises(PlanNeverRan, match=r"position 5 of row 0 \(and 1 more\) came in no pass"),
+            interchange(MODEL, SAES["relu"], found.f + 1, (3, 8), where=where),
+            torch.no_grad(),
+        ):
+            MODEL(**inputs)
+
+
+def test_a_position_may_come_in_any_pass_of_the_block():
+    values = torch.full((2, 1, 1), 6.0)
+
+    with interchange(MODEL, SAES["relu"], values, (3,), positions=[6]) as run:
+        logits(IDS[:, :5])
+        logits()
+    assert run.report.rules[0].edited_positions == (((), ()), ((6,), (6,)))
 
 
 def test_the_stream_moves_by_the_change_of_the_latents_and_nothing_else():
@@ -147,9 +211,9 @@ def test_tokens_that_generate_writes_have_positions_too_and_sequences_of_one_row
 
 
 def test_special_tokens_are_patched_on_request_only():
-    values = torch.full((2, 1, 1), 6.0)
-    with interchange(MODEL, SAES["relu"], values, (3,), positions=[0]) as without:
-        assert laws.same_bits(logits(), logits())
+    values, plain = torch.full((2, 1, 1), 6.0), logits()
+    with interchange(MODEL, SAES["relu"], values, (3,)) as without:
+        assert laws.same_bits(logits(), plain)
     with interchange(MODEL, SAES["relu"], values, (3,), positions=[0], special=True) as run:
         logits()
 
@@ -182,6 +246,16 @@ def patched(values, latents, sae=SAES["relu"], **options):
 
 
 REFUSED = {
+    "two axes": (BadRule, r"values\[:, None\] for one position", lambda: patched(ONES[:, 0], (1, 2))),
+    "no tensor": (BadRule, "values of list", lambda: patched([[[1.0, 2.0]]], (1, 2))),
+    "no rows": (BadRule, "rows x positions x latents", lambda: patched(ONES[:0], (1, 2))),
+    "where of another shape": (BadRule, "where=shape .2, 3. .*an axis of size 1",
+                               lambda: patched(ONES, (1, 2), where=torch.ones(2, 3).bool())),
+    "where of numbers": (BadRule, "does not say yes or no", lambda: patched(ONES, (1, 2), where=torch.ones(2, 7, 2))),
+    "where of lists": (BadRule, "where=list for values", lambda: patched(ONES, (1, 2), where=[[[True]]])),
+    "no positions": (BadRule, "no ints, or none", lambda: patched(ONES[:, :0], (1, 2), positions=[])),
+    "no whole positions": (BadRule, "no ints", lambda: patched(ONES[:, :1], (1, 2), positions=[1.5])),
+    "endless positions": (BadRule, "from 0", lambda: patched(ONES[:, :1], (1, 2), positions=[10**12])),
     "latents": (BadRule, "for 1 latents", lambda: patched(ONES, (1,))),
     "positions": (BadRule, r"positions are \[1, 2\]", lambda: patched(ONES, (1, 2), positions=[1, 2])),
     "twice": (BadRule, "every position once", lambda: patched(ONES[:, :2], (1, 2), positions=[3, 3])),
@@ -194,6 +268,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused(name):
     error, says, block = REFUSED[name]
@@ -256,6 +331,42 @@ def test_texts_that_do_not_belong_together_are_refused():
         patch(MODEL, SAES["relu"], ours, short, (3,), positions=[4, 5])
     with pytest.raises(RowsMismatch, match="2 rows patched from 1"):
         patch(MODEL, SAES["relu"], ours, {"input_ids": IDS[:1]}, (3,))
+
+
+def test_embeddings_are_patched_where_special_tokens_need_not_be_known():
+    ours, other = {"inputs_embeds": MODEL.get_input_embeddings()(IDS)}, {"input_ids": tiny.prompt(2, 7, seed=9)}
+
+    with torch.no_grad():
+        expected = patch(MODEL, SAES["relu"], {"input_ids": IDS}, other, (3, 8), special=True).logits
+        found = patch(MODEL, SAES["relu"], ours, other, (3, 8), special=True).logits
+    assert torch.equal(found, expected)
+    with pytest.raises(TokensUnknown, match="given embeddings"):
+        patch(MODEL, SAES["relu"], ours, other, (3, 8))
+    with pytest.raises(TokensUnknown, match="neither input_ids nor inputs_embeds"):
+        patch(MODEL, SAES["relu"], {}, other, (3, 8))
+    with pytest.raises(BadRule, match="positions are no ints, or none"):
+        patch(MODEL, SAES["relu"], {"input_ids": IDS}, other, (3, 8), positions=[])
+
+
+def test_a_site_map_says_where_as_for_steering():
+    """With tokens as with a layout; without, every position is patched, and sources have as many."""
+    told, layout = SiteMap({"resid_post": "blocks.{}"}, width=tiny.D), Layout("blocks")
+    sae, model = replace(SAES["relu"], site=laws.STACK_SITE), laws.Stack(tiny.D)
+    x, y = (torch.randn(2, 5, tiny.D, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+
+    def both(wanted, **options):
+        return patch(model, sae, {"inputs_embeds": x}, {"inputs_embeds": y}, (3, 8), layout=wanted, **options)
+
+    assert torch.equal(both(told), both(layout, special=True))
+    assert torch.equal(both(told, positions=[0, 3]), both(layout, positions=[0, 3], special=True))
+    assert not torch.equal(both(told, positions=[0, 3]), both(told))
+    for positions, says in ((None, "5, 5. tokens and are patched from .4, 4"), ([4], "the shortest row has 4")):
+        with pytest.raises(BadRule, match=says):
+            patch(model, sae, {"inputs_embeds": x}, {"inputs_embeds": y[:, :4]}, (3, 8), layout=told,
+                  positions=positions)  # fmt: skip
+    with interchange(model, sae, torch.ones(2, 5, 2), (3, 8), layout=told) as run:
+        model(inputs_embeds=x)
+    assert run.report.rules[0].tokens_edited == 10
 
 
 def test_one_latent_per_row_of_a_batch_is_one_latent_at_a_time():

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from saeguard import SAE, Add, Plan, Rule, steer
-from saeguard.errors import AmbiguousSAE, BrokenFile, RowsMismatch, UnsupportedMode
+from saeguard.errors import AmbiguousSAE, BadRule, BrokenFile, RowsMismatch, UnsupportedMode
 from tests.tiny import fresh_model, prompt, tiny_model, tiny_sae
 
 TINY = tiny_sae()
@@ -134,6 +134,15 @@ def test_prompt_tokens_for_another_number_of_rows_are_refused():
 
     with pytest.raises(RowsMismatch, match="prompt_tokens for 1 rows: the batch has 2 rows"), block:
         tiny_model()(IDS)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("given", [-3, 2.5, True, "34", [3, -4], [3, True], [2**70], {3, 4}, torch.tensor([3, 4])])
+def test_prompt_tokens_that_are_no_counts_are_refused(given):
+    with pytest.raises(BadRule, match="not a count of tokens. Give one int, or one per row"):
+        steer(tiny_model(), GENERATED, saes=TINY, prompt_tokens=given).__enter__()
+    with pytest.raises(BadRule, match="there are 2 plans, one per row"):
+        steer(tiny_model(), [GENERATED, None], saes=TINY, prompt_tokens=[3]).__enter__()
 
 
 def test_saes_of_one_name_and_other_weights_are_kept_apart():

@@ -214,7 +214,7 @@ def test_pass_during_which_its_block_ends_is_refused():
         handle.remove()
         ended.set()
 
-        with pytest.raises(GuardNotApplied, match="or steer ended while the pass ran"):
+        with pytest.raises(GuardNotApplied, match="or steer ended while it ran"):
             future.result()
 
 

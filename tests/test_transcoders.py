@@ -11,8 +11,27 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from saeguard import SAE, Add, AnyActive, Clamp, Misdirect, Plan, Project, Rule, Scale, Site, Splice, capture, steer
+from saeguard import (
+    SAE,
+    Add,
+    AnyActive,
+    At,
+    Clamp,
+    Misdirect,
+    Plan,
+    Project,
+    Rule,
+    Scale,
+    Site,
+    SiteMap,
+    Splice,
+    capture,
+    steer,
+)
+from saeguard.engines.base import Pass
 from saeguard.errors import GuardNotApplied, OverlappingRules, SiteNotFound, WidthMismatch
+from saeguard.passes import OnePass
+from saeguard.steering import Run, prepare
 from tests import laws, tiny, traces
 from tests.counts import cases
 from tests.modes import GREEDY, MASK, PADDED, WORDS
@@ -571,3 +590,50 @@ def test_capture_sees_a_stream_that_is_built_on_others_before_and_after_its_edit
 
     assert laws.same_bits(before[site], plain)
     assert laws.distance(after[site], plain + edits_of(sae, plain, 2.0)) <= 1e-6
+
+
+class Block(nn.Module):
+    def __init__(self, in_place: bool):
+        super().__init__()
+        self.up, self.in_place = nn.Linear(8, 8), in_place
+
+    def forward(self, x):
+        if self.in_place:
+            x += self.up(x)
+            return x
+        return x + self.up(x)
+
+
+class Blocks(nn.Module):
+    def __init__(self, in_place: bool):
+        super().__init__()
+        self.embed, self.block, self.out = nn.Embedding(20, 8), Block(in_place), nn.Linear(8, 20)
+
+    def forward(self, ids):
+        return self.out(self.block(self.embed(ids)))
+
+
+@pytest.mark.parametrize("way", ["block", "one pass"])
+def test_stream_that_its_module_writes_into_is_read_as_it_flowed_past(way):
+    torch.manual_seed(0)
+    plain, in_place = Blocks(False), Blocks(True)
+    in_place.load_state_dict(plain.state_dict())
+    reads, writes = Site("resid_pre", 0), Site("resid_post", 0)
+    sae = tiny.tiny_sae(d_in=8, name="t", activation="relu", site=reads)
+    plan = Plan((Rule("t", (1, 2), Scale(3.0), special=True, site=reads, site_out=writes),))
+    sites = SiteMap({"resid_pre.0": At("block", "input"), "resid_post.0": "block"}, tokens="ids", width=8)
+    ids = torch.randint(3, 20, (2, 5))
+
+    def edited(model):
+        if way == "block":
+            with steer(model, plan, saes=sae, layout=sites), torch.no_grad():
+                return model(ids)
+        ready = prepare(model, [plan], every_row=True, saes=sae, layout=sites)
+        run = Run([plan], ready, every_row=True, prompt_tokens=None)
+        one = OnePass(run, ready.places, Pass(2, 5, 0, None, ids, torch.ones_like(ids), ids.device))
+        with torch.no_grad():
+            return model.out(one.change(writes, model.block(one.change(reads, model.embed(ids)))))
+
+    with torch.no_grad():
+        assert not torch.equal(edited(plain), plain(ids))
+    assert torch.equal(edited(in_place), edited(plain))

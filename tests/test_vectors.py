@@ -40,6 +40,7 @@ from saeguard import (
 )
 from saeguard.cli import app
 from saeguard.errors import (
+    AmbiguousSAE,
     BrokenFile,
     LoadError,
     MissingMaximum,
@@ -448,6 +449,44 @@ def test_infinity_is_not_written_and_one_tensor_may_be_at_two_sites(tmp_path):
 
     assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
     assert load_vectors(tmp_path / "c.safetensors").sites == tuple(RESID)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("ending", ["gguf", "safetensors"])
+@pytest.mark.parametrize(
+    ("directions", "says"),
+    [
+        ({}, "there are none"),
+        ({RESID[1]: torch.ones(2, 32)}, "those at resid_post.1 are no tensors of one dimension"),
+        ({RESID[1]: torch.tensor(1.0)}, "no tensors of one dimension"),
+        ({RESID[1]: [1.0]}, "no tensors of one dimension"),
+        ({RESID[1]: torch.ones(0)}, "are 0 wide"),
+        ({RESID[1]: torch.ones(32), RESID[2]: torch.ones(31)}, "are 31 and 32 wide"),
+    ],
+    ids=["none", "matrix", "number", "list", "empty", "two widths"],
+)
+def test_what_is_no_vectors_of_one_width_is_not_written(directions, says, ending, tmp_path):
+    with pytest.raises(UnsupportedFormat, match=says):
+        export_vectors(directions, tmp_path / "new" / f"c.{ending}")
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_made_and_streams_of_other_widths_may_share_a_file(tmp_path):
+    directions = {RESID[1]: torch.ones(32), Site("mlp_post", 1): torch.ones(48)}
+
+    path = export_vectors(directions, tmp_path / "a" / "b" / "c.safetensors")
+
+    assert {sae.d_in for sae in load_vectors(path).saes.values()} == {32, 48}
+
+
+def test_vectors_are_of_the_saes_that_steering_would_take():
+    plan = Plan((Rule("a", (1,), Add(2.0), special=True),))
+    one, other = (tiny.tiny_sae(name="a", seed=seed) for seed in (1, 2))
+
+    with pytest.raises(AmbiguousSAE, match="two different SAEs of that name"):
+        constant_vectors(plan, [one, other])
+    assert torch.equal(constant_vectors(plan, [one, one])[one.site], 2.0 * one.W_dec[1])
 
 
 GATE = Watch(Hits((0,)), Count(), 1.5)

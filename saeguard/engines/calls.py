@@ -1,16 +1,24 @@
 """What a session knows while the model runs: the blocks that take part, the call, and the pass of this moment."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from saeguard.axes import Stream
 from saeguard.editor import Edit, Editor
-from saeguard.engines.base import Pass, Request
-from saeguard.errors import GuardNotApplied, PhaseUnknown, RowsMismatch, TokensUnknown
+from saeguard.engines.base import Pass, Place, Request
+from saeguard.errors import (
+    GuardNotApplied,
+    PhaseUnknown,
+    RowsMismatch,
+    TokensUnknown,
+    UnstableEdit,
+    UnsupportedMode,
+)
 from saeguard.ledger import CallRecord
 from saeguard.sites import Site
 from saeguard.tokens import TokenBatch, is_special, last_of_prompt, read_mask
@@ -92,6 +100,16 @@ class Forward:
         return x.shape[0] == self.rows and self.width in (None, x.shape[1])
 
 
+def needed_later(participants: Iterable[Participant], places: Mapping[Site, Place]) -> frozenset[Site]:
+    """Sites whose streams later sites of the same pass need.
+
+    These are kept as copies: a module may write into the stream in place once it has passed.
+    """
+    editors = [editor for participant in participants for editor in participant.editors.values()]
+    bases = [place.base for place in places.values() if place.base is not None]
+    return frozenset(bases).union(*(editor.reads for editor in editors))
+
+
 def stream_at(forward: Forward, site: Site, needed_at: Site, x: Tensor | None = None) -> Stream:
     """What flowed past ``site`` earlier in this pass; it has to have the positions of ``x``, where that is given."""
     if site not in forward.streams:
@@ -121,13 +139,71 @@ def views_at(forward: Forward, x: Stream) -> dict[Participant, View]:
 
 
 def misplaced(forward: Forward | None, site: Site, x: Stream) -> GuardNotApplied:
-    found = "its block ran outside a call of the steered model, or twice in one call"
+    """The error of a stream that is not one of this pass, where it is expected now."""
     proceed = "Call the model itself, as model(...) or model.generate(...), not model.forward or a part of it."
-    if forward is not None and site not in forward.ran:
+    if forward is None:
+        found = "its module ran, and no pass of the steered model is running here"
+    elif site in forward.ran:
+        found = "its module ran a second time in one pass"
+        proceed = "A module that is edited has to run once in each pass: do not call it apart, nor put it in twice."
+    else:
         passed = f"{forward.rows} rows" + ("" if forward.width is None else f" of {forward.width} tokens")
         found = f"it carries {x.shape[0]} rows of {x.shape[1]} positions there, and the pass has {passed}"
         proceed += " With a site map, say what its axes are."
     return GuardNotApplied(f"an edit at {site}", found, proceed)
+
+
+def check_ran(forward: Forward) -> None:
+    """Raise `GuardNotApplied` where a pass has ended and a site was not passed."""
+    missing = sorted(map(str, forward.sites - forward.ran))
+    if missing:
+        raise GuardNotApplied(
+            f"edits at {', '.join(missing)}",
+            "the forward pass ended and they had not run",
+            "A module was replaced, skipped or called through .forward, the pass was stopped early, or steer ended "
+            "while it ran: restore it, and enter steer again.",
+        )
+
+
+def check_numbers(forward: Forward) -> None:
+    """What can be said of a pass once its edits have run. Raises `UnstableEdit`, `GuardError`."""
+    for view in forward.views.values():
+        view.record.memory.check(view.tokens)
+    if forward.unstable and bool(torch.stack([flag.cpu() for flag in forward.unstable]).any()):
+        raise UnstableEdit(
+            f"edits at {', '.join(sorted(map(str, forward.ran)))}",
+            "an edited vector holds NaN or infinity",
+            "Use smaller amounts, or a dtype with more range; nothing was sampled from this pass.",
+        )
+
+
+def check_reruns(model: nn.Module, participants: Iterable[Participant], places: Mapping[Site, Place]) -> None:
+    """Refuse edits inside of what gradient checkpointing runs again in the backward pass: they would be missing there.
+
+    Sites at the ends of a block are exact, and so is what is only recorded. Raises `UnsupportedMode`.
+    """
+    if not torch.is_grad_enabled():
+        return
+    flagged = [part for part in model.modules() if part.__dict__.get("gradient_checkpointing") is True]
+    ids = {id(part) for part in flagged}
+    for part in flagged:
+        inner = {id(module) for module in part.modules()} - {id(part)}
+        if not part.training or (inner & ids and not _runs_itself_again(part)):  # it passes the flag on to others
+            continue
+        edited = {site for participant in participants if participant.editors for site in participant.sites}
+        edited |= {base for site in edited if site in places and (base := places[site].base) is not None}
+        hit = sorted(str(site) for site in edited if site in places and id(places[site].module) in inner)
+        if hit:
+            raise UnsupportedMode(
+                f"an edit with gradient checkpointing at {', '.join(hit)}",
+                f"the backward pass runs what is inside a {type(part).__name__} again, where the edit would be missing",
+                "Call model.gradient_checkpointing_disable(), edit resid_pre or resid_post, which are at the ends of "
+                "a block, or use torch.no_grad().",
+            )
+
+
+def _runs_itself_again(part: nn.Module) -> bool:
+    return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(part).__mro__)
 
 
 def unseen(call: Call, column: int) -> GuardNotApplied:

@@ -27,6 +27,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from saeguard.engines.base import Outcome, Pass, Place, Reader, Request
 from saeguard.engines.hf import HuggingFace
@@ -122,6 +123,10 @@ class Lens:
         if request is not None:
             request.add(seen)
         return seen
+
+    def stop_errors(self) -> tuple[type[Exception], ...]:
+        """What ends a pass ahead of its end, and is caught by the bridge."""
+        return (StopAtLayerException,)
 
     def read_request(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
         given = _SIGNATURE.bind(self.bridge, *args, **kwargs)

@@ -197,7 +197,7 @@ class Module:
     def _check_alone(self, site: Site, at: At, module: nn.Module) -> None:
         """Rules of two sites are not joint, so that one place must not have two names."""
         for other, theirs in self._sites.near(site):
-            if (theirs.side, theirs.delta, theirs.item) == (at.side, at.delta, at.item):
+            if (theirs.side, theirs.delta) == (at.side, at.delta) and not _are_apart(theirs.item, at.item):
                 try:
                     same = self.model.get_submodule(theirs.path) is module
                 except AttributeError:
@@ -208,6 +208,11 @@ class Module:
                         f"{other} is the same place ({at.path}), and rules of two sites do not see each other",
                         "Give a place one name.",
                     )
+
+
+def _are_apart(a: int | str | None, b: int | str | None) -> bool:
+    """Whether two items of one module are surely two tensors; the first one may have any name."""
+    return a is not None and b is not None and type(a) is type(b) and a != b
 
 
 def _accept(model: Any) -> nn.Module:

@@ -19,10 +19,24 @@ from torch import nn
 from saeguard.axes import Stream
 from saeguard.engines import inside
 from saeguard.engines.base import Engine, Pass, Place, Reader, outside_graphs
-from saeguard.engines.calls import Call, Forward, Participant, View, misplaced, stream_at, tokens_of, unseen, views_at
+from saeguard.engines.calls import (
+    Call,
+    Forward,
+    Participant,
+    View,
+    check_numbers,
+    check_ran,
+    check_reruns,
+    misplaced,
+    needed_later,
+    stream_at,
+    tokens_of,
+    unseen,
+    views_at,
+)
 from saeguard.engines.memories import Memories
-from saeguard.engines.watched import Watched, redirected, restore
-from saeguard.errors import GuardNotApplied, ModelBusy, UnstableEdit, UnsupportedMode
+from saeguard.engines.watched import Watched, redirected, restore, stops_watched
+from saeguard.errors import GuardNotApplied, ModelBusy, UnsupportedMode
 from saeguard.sites import Site
 
 P = ParamSpec("P")
@@ -71,7 +85,7 @@ class Session:
                     undo.callback(self._detach, site)
             undo.pop_all()
         self.participants.append(participant)
-        self._needed = self._needs()
+        self._needed = needed_later(self.participants, self.places)
         inside.enter(self.number)
 
     def remove(self, participant: Participant) -> None:
@@ -80,7 +94,7 @@ class Session:
         self.participants = [other for other in self.participants if other is not participant]
         for site in set(self._handles) - self.sites:
             self._detach(site)
-        self._needed = self._needs()
+        self._needed = needed_later(self.participants, self.places)
         if not self.participants:
             self._method.close()
             self._memories.close()
@@ -117,12 +131,6 @@ class Session:
                 self._root.close()
                 self._local = threading.local()
 
-    def _needs(self) -> frozenset[Site]:
-        """Sites whose streams later sites of the same pass need."""
-        editors = [editor for participant in self.participants for editor in participant.editors.values()]
-        bases = [place.base for place in self.places.values() if place.base is not None]
-        return frozenset(bases).union(*(editor.reads for editor in editors))
-
     def _attach(self, site: Site, place: Place) -> None:
         """Hook a site, and put behind it the hooks of streams that come after it in the same module."""
         self._handles[site] = place.attach(self._change_at(site, place))
@@ -143,6 +151,7 @@ class Session:
         after = model.register_forward_hook(outside_graphs(self._after), always_call=True)
         self._root.callback(after.remove)
         self._root.enter_context(redirected(self.engine))
+        self._root.enter_context(stops_watched(self.engine, self._check_stopped))
         for owner, reader in self.engine.entrances():
             generate: Any = getattr(owner, "generate", None)
             if callable(generate):
@@ -197,6 +206,7 @@ class Session:
         self._check_caller()
         self._check_original(module)
         self._forget()
+        check_reruns(module, self.participants, self.places)
         seen = self.engine.read_pass(args, kwargs)
         call = self._call_for(seen)
         if call.reached is not None and seen.column > call.reached:
@@ -294,7 +304,7 @@ class Session:
                 if site in participant.sites:
                     participant.see(site, x, x_after, view, edits.get(participant))
             if site in self._needed:
-                forward.streams[site] = x_after
+                forward.streams[site] = x_after.clone()
             forward.ran.add(site)
             return after
 
@@ -312,25 +322,18 @@ class Session:
         forward = self._forget()
         if forward is None or output is None:  # None: the pass raised, and this hook only cleans up
             return
-        missing = sorted(map(str, forward.sites - forward.ran))
-        if missing:
-            raise GuardNotApplied(
-                f"edits at {', '.join(missing)}",
-                "the forward pass ended and they had not run",
-                "A module was replaced, skipped or called through .forward, or steer ended while the pass ran: restore "
-                "it, and enter steer again.",
-            )
-        for view in forward.views.values():
-            view.record.memory.check(view.tokens)
-        if forward.unstable and bool(torch.stack([flag.cpu() for flag in forward.unstable]).any()):
-            raise UnstableEdit(
-                f"edits at {', '.join(sorted(map(str, forward.ran)))}",
-                "an edited vector holds NaN or infinity",
-                "Use smaller amounts, or a dtype with more range; nothing was sampled from this pass.",
-            )
+        check_ran(forward)
+        check_numbers(forward)
         cache = self.engine.read_cache(output)
         forward.call.cache = None if cache is None else weakref.ref(cache)
         self._memories.keep(forward.call.records, cache)
+
+    def _check_stopped(self) -> None:
+        """A framework ends the pass here, by an exception, and will take it for a whole one."""
+        forward = getattr(self._local, "forward", None)
+        if forward is not None:
+            check_ran(forward)
+            check_numbers(forward)
 
     def _check_caller(self) -> None:
         if self.participants and not inside.is_inside(self.number):
@@ -351,6 +354,7 @@ def join(engine: Engine, participant: Participant, places: dict[Site, Place]) ->
                 "another thread or task has a steer or capture block open on it",
                 "Wait until that block has ended, run both inside one block with a plan per row, or copy the model.",
             )
+        inside.check_apart(engine.model, [one.engine.model for one in _OPEN.values()])
         session = session or Session(engine)
         session.add(participant, places)
         _OPEN[engine.model] = session

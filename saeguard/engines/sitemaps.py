@@ -54,6 +54,12 @@ class At:
                 "the axes of a place are different names, 'batch' and 'd' among them",
                 "Write them as 'batch pos d', 'batch d height width' or 'batch d'.",
             )
+        if isinstance(self.item, int) and self.item < 0:
+            raise SiteNotFound(
+                f"item {self.item} of {self.path!r}",
+                "items are counted from the beginning",
+                "Write 0 for the first one.",
+            )
         if self.side not in ("input", "output") or self.delta and self.side == "input":
             raise SiteNotFound(
                 f"the {self.side} of {self.path!r}" + (" as a delta" if self.delta else ""),

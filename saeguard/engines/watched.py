@@ -2,8 +2,9 @@
 and for ``forward``, where a framework runs that and so skips the hooks of the model."""
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from types import MethodType
 from typing import Any, Protocol, runtime_checkable
 
@@ -90,3 +91,43 @@ class Called:
         del self._model.__dict__["forward"]
         if self._before is not None:
             self._model.__dict__["forward"] = self._before
+
+
+@runtime_checkable
+class Stopping(Protocol):
+    """An engine whose framework ends passes early, by an exception that it catches itself."""
+
+    def stop_errors(self) -> tuple[type[Exception], ...]:
+        """The exceptions that do."""
+        ...
+
+
+class Stoppable(Called):
+    """Runs the model's own forward, and ``check`` where that is ended early: hooks on the way out cannot raise."""
+
+    def __init__(self, model: nn.Module, errors: tuple[type[Exception], ...], check: Callable[[], None]):
+        super().__init__(model)
+        self._errors, self._check = errors, check
+        self.__signature__ = signature(self._own)  # generate of transformers reads it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._own(*args, **kwargs)
+        except self._errors:
+            if self._is_placed:
+                self._check()
+            raise
+
+
+@contextmanager
+def stops_watched(engine: Any, check: Callable[[], None]) -> Iterator[None]:
+    """For the block, ``check`` is called where the framework ends a pass early; nothing for other engines."""
+    if not isinstance(engine, Stopping):
+        yield
+        return
+    stoppable = Stoppable(engine.model, engine.stop_errors(), check)  # type: ignore[attr-defined]
+    stoppable.place()
+    try:
+        yield
+    finally:
+        stoppable.remove()
