@@ -29,8 +29,8 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
+from saeguard.engines.around import Around
 from saeguard.engines.base import Outcome, Pass, Place, Reader, Request
-from saeguard.engines.hf import HuggingFace
 from saeguard.engines.layouts import Layout
 from saeguard.engines.spoken import Spoken
 from saeguard.engines.traced import is_traced
@@ -54,15 +54,14 @@ _IS_OLD = version("transformer-lens").startswith("3.")
 _LOOP = inspect.unwrap(TransformerBridge._generate_tokens).__code__  # the only way to all of its generate methods
 
 
-class Lens:
+class Lens(Around):
     """One bridge; ``layout`` overrides the table of the model that it wraps."""
 
     name = "TransformerLens"
 
     def __init__(self, bridge: nn.Module, layout: Layout | None = None):
         self.bridge: Any = _accept(bridge)
-        self.model: nn.Module = self.bridge.original_model
-        self._wrapped = HuggingFace(self.model, layout)
+        super().__init__(self.bridge.original_model, layout)
         self._thread = threading.local()
 
     def resolve(self, site: Site) -> Place:
@@ -87,23 +86,8 @@ class Lens:
     def entrances(self) -> Sequence[tuple[nn.Module, Reader]]:
         return (self.bridge, self), (self.model, self._wrapped)  # hf_generate calls that of the model
 
-    def value_bias(self, layer: int, *, with_norm: bool) -> Tensor | None:
-        return self._wrapped.value_bias(layer, with_norm=with_norm)
-
-    def centers(self) -> bool:
-        return self._wrapped.centers()
-
-    def model_names(self) -> tuple[str, ...]:
-        return self._wrapped.model_names()
-
-    def model_shape(self) -> dict[str, Any]:
-        return self._wrapped.model_shape()
-
     def special_ids(self) -> frozenset[int]:
-        return self._wrapped.special_ids() | frozenset(getattr(self.bridge.tokenizer, "all_special_ids", ()))
-
-    def read_cache(self, output: Any) -> Any:
-        return self._wrapped.read_cache(output)
+        return super().special_ids() | frozenset(getattr(self.bridge.tokenizer, "all_special_ids", ()))
 
     def read_pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
         if any(getattr(block, "_start_at_layer_idx", None) is not None for block in self.bridge.blocks):

@@ -14,7 +14,7 @@ import copy
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from saeguard.axes import Stream
-from saeguard.engines.base import Model, Outcome, Pass, Place, Reader, Request, outside_graphs
-from saeguard.engines.hf import HuggingFace
+from saeguard.engines.around import Around
+from saeguard.engines.base import Model, Pass, Place, outside_graphs
 from saeguard.engines.layouts import Layout
 from saeguard.errors import GuardNotApplied, MetaDevice, UnsupportedMode, UnsupportedModel
 from saeguard.sites import Site
@@ -38,16 +38,15 @@ Body = Callable[..., Any]
 """An unbound forward: called with the module, and with what the module is called with."""
 
 
-class NNsight:
+class NNsight(Around):
     """One model that nnsight has wrapped; ``layout`` overrides the table for architectures that are not in it."""
 
     name = "nnsight"
 
     def __init__(self, wrapper: Model, layout: Layout | None = None):
         _check_statement()
-        self.model: nn.Module = _accept(wrapper)
+        super().__init__(_accept(wrapper), layout)  # a wrapper's generate and pipe call that of its model
         self._wrapper = None if isinstance(wrapper, nn.Module) else wrapper
-        self._wrapped = HuggingFace(self.model, layout)
         self._root = _ROOTS.setdefault(self.model, Root(self.model))
 
     def resolve(self, site: Site) -> Place:
@@ -55,21 +54,9 @@ class NNsight:
         known = {part.name: getattr(place, part.name) for part in fields(Place)}
         return Handed(**known, root=self._root, wrapper=self._wrapper)
 
-    def value_bias(self, layer: int, *, with_norm: bool) -> Tensor | None:
-        return self._wrapped.value_bias(layer, with_norm=with_norm)
-
-    def centers(self) -> bool:
-        return self._wrapped.centers()
-
-    def model_names(self) -> tuple[str, ...]:
-        return self._wrapped.model_names()
-
-    def model_shape(self) -> dict[str, Any]:
-        return self._wrapped.model_shape()
-
     def special_ids(self) -> frozenset[int]:
         tokenizer = getattr(self._wrapper, "tokenizer", None)
-        return self._wrapped.special_ids() | frozenset(getattr(tokenizer, "all_special_ids", ()))
+        return super().special_ids() | frozenset(getattr(tokenizer, "all_special_ids", ()))
 
     def read_pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
         seen = self._wrapped.read_pass(args, kwargs)
@@ -82,21 +69,6 @@ class NNsight:
         ids, mask = (None if x is None else x.clone() for x in (seen.ids, seen.mask))
         self._root.expect(Seen(seen, ids, mask, self._wrapped.read_pass))
         return seen
-
-    def read_cache(self, output: Any) -> Any:
-        return self._wrapped.read_cache(output)
-
-    def read_request(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
-        return self._wrapped.read_request(args, kwargs)
-
-    def read_outcome(self, output: Any, request: Request) -> Outcome | None:
-        return self._wrapped.read_outcome(output, request)
-
-    def entrances(self) -> Sequence[tuple[nn.Module, Reader]]:
-        return self._wrapped.entrances()  # a wrapper's generate and pipe call that of its model
-
-    def is_generating(self) -> bool:
-        return self._wrapped.is_generating()
 
 
 @dataclass(frozen=True, eq=False)
