@@ -19,6 +19,7 @@ from saeguard import AtLeast, Clamp, Plan, Rule, Scale, Site, capture, steer
 from saeguard.engines import engine_for
 from saeguard.errors import (
     CompiledModel,
+    GuardError,
     GuardNotApplied,
     SiteNotFound,
     TokensUnknown,
@@ -26,8 +27,11 @@ from saeguard.errors import (
     UnsupportedModel,
     WidthMismatch,
 )
+from saeguard.guarding.guardrail import Guardrail
+from saeguard.guarding.policy import Policy
 from tests import laws, tiny
 from tests.counts import cases
+from tests.modes import word_tokenizer
 from tests.more_models import shared
 from tests.saelens.hooked_models import NAMES, hooked, make
 from tests.test_engine_lens import GATED, PUSH, SAES, TEXTS, batch, plans_per_row, positions, sae_at
@@ -374,3 +378,28 @@ def test_random_sampling_is_that_of_the_plain_model_where_nothing_is_edited():
                 drawn.append(model.generate(tiny.prompt(2, 5), max_new_tokens=8, top_k=20, verbose=False))
 
     assert torch.equal(drawn[0], drawn[1])
+
+
+GUARDED_IDS = tiny.prompt(2, 6)
+AROUND: dict[str, Callable[[Any], Any]] = {
+    "call": lambda model: model(GUARDED_IDS),
+    "forward": lambda model: model.forward(GUARDED_IDS),
+    "generate": lambda model: model.generate(GUARDED_IDS, max_new_tokens=2, verbose=False),
+    "generate_stream": lambda model: list(model.generate_stream(GUARDED_IDS, max_new_tokens=2, verbose=False)),
+    "run_with_cache": lambda model: model.run_with_cache(GUARDED_IDS),
+    "run_with_hooks": lambda model: model.run_with_hooks(GUARDED_IDS, fwd_hooks=[]),
+}
+
+
+@pytest.mark.parametrize("way", AROUND)
+def test_way_around_a_guardrail_is_refused_and_free_when_it_is_gone(way):
+    model, tokenizer = make("llama"), word_tokenizer()
+    policy = Policy.of(model, tokenizer, SAES[0], PUSH, name="edits")
+
+    with Guardrail.attach(model, policy, tokenizer=tokenizer, saes=SAES) as guard, torch.no_grad():
+        with pytest.raises(GuardError):
+            AROUND[way](model)
+        answer = guard.generate(GUARDED_IDS, max_new_tokens=2, do_sample=False, verbose=False)
+        assert answer.sequences.shape == (2, 8)
+    with torch.no_grad():
+        AROUND[way](model)
