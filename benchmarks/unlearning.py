@@ -1,15 +1,15 @@
-r"""A policy and what it is to be compared with, on the same questions in one run; what is done already is not repeated.
+r"""Policies and what they are to be compared with, on the same questions in one run; what is done is not repeated.
 
     python -m benchmarks.unlearning --questions glossary_mcq.val.jsonl.gz --train glossary_mcq.train.jsonl.gz \
         --forget biology.train.jsonl.gz --retain wikipedia.train.jsonl.gz physics.train.jsonl.gz \
-        --benign wikipedia.val.jsonl.gz [--policy FILE] [--most 60] [--work FOLDER]
+        --benign wikipedia.val.jsonl.gz [--policy FILE] [--also FILE] [--most 60] [--work FOLDER]
 
 No guard; Farrell's static clamp; DSG's hook as published, as intended, and with latents found by their labels; the
-policy; its edit without a gate, behind a linear probe of the raw stream and behind DSG's gate; its gate with random
-latents and with a random direction; an instruction; RMU with a small budget. Everything is chosen and calibrated on
---train and on the texts. Accuracy by log-likelihood on --questions with paired differences to no guard; recall against
-false positives of every gate; decoding with and without the cache; padding; text about other things. Two pictures and
-results.json in the work folder; the last line is JSON too.
+policies; the first one's edit without a gate, behind a linear probe of the raw stream and behind DSG's gate; its gate
+with random latents and with a random direction; an instruction; RMU with a small budget. Everything is chosen and
+calibrated on --train and on the texts. Accuracy by log-likelihood on --questions with paired differences to no guard;
+recall against false positives of every gate; decoding with and without the cache; padding; text about other things.
+Two pictures and results.json in the work folder; the last line is JSON too.
 """
 
 import argparse
@@ -61,7 +61,8 @@ def run(setting: Setting, tell: Tell) -> dict[str, Any]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", type=Path, default=FOLDER / "biology.policy.json")
+    parser.add_argument("--policy", type=Path, default=FOLDER / "biology-edits.policy.json", help="one that edits")
+    parser.add_argument("--also", type=Path, nargs="*", default=[FOLDER / "biology.policy.json"], help="more policies")
     parser.add_argument("--questions", type=Path, nargs="+", default=[], help="to report; JSON lines with topics")
     parser.add_argument("--train", type=Path, nargs="+", default=[], help="to choose and calibrate on")
     parser.add_argument("--forget", type=Path, nargs="+", default=[], help="texts about the topic")
@@ -94,7 +95,7 @@ def load(given: argparse.Namespace) -> Setting:
         model.eval(), tokenizer, load_sae(source), LatentTable.load(source), policy, minilm(),
         Roles(given.topic, tuple(given.neighbours)), read(given.questions, given.topics, given.most),
         read(given.questions, [], given.gate_most), train, given.forget, given.retain, given.benign, given.work,
-        rmu=RMUConfig(lr=given.rmu_lr, steps=given.rmu_steps),
+        rmu=RMUConfig(lr=given.rmu_lr, steps=given.rmu_steps), also=tuple(Policy.load(file) for file in given.also),
     )  # fmt: skip
 
 

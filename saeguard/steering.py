@@ -200,7 +200,7 @@ def start(
     """
     every_row = plan is None or isinstance(plan, Plan)
     plans: list[Plan | None] = [plan] if plan is None or isinstance(plan, Plan) else list(plan)
-    counts = _prompt_tokens(prompt_tokens, None if every_row else len(plans))
+    counts = prompt_counts(prompt_tokens, None if every_row else len(plans))
     ready = prepare(model, plans, every_row=every_row, saes=saes, tokenizer=tokenizer, special_ids=special_ids,
                     layout=layout, kernel=kernel)  # fmt: skip
     return Run(plans, ready, every_row=every_row, prompt_tokens=counts), ready
@@ -298,8 +298,11 @@ def _check_nesting(outside: Sequence[Any], rules: Sequence[BoundRule], saes: Map
                 )
 
 
-def _prompt_tokens(given: Any, rows: int | None) -> int | tuple[int, ...] | None:
-    """Counts of real prompt tokens: one for all rows, or one for each; None for ``rows`` is as many as a pass has."""
+def prompt_counts(given: Any, rows: int | None, of: str = "plans") -> int | tuple[int, ...] | None:
+    """Counts of real prompt tokens: one for all rows, or one for each; None for ``rows`` is as many as a pass has.
+
+    Raises `BadRule` for what is no count, and for another number of them than rows.
+    """
     if given is None:
         return None
     is_listed = isinstance(given, Sequence) and not isinstance(given, str | bytes)
@@ -308,7 +311,7 @@ def _prompt_tokens(given: Any, rows: int | None) -> int | tuple[int, ...] | None
         raise BadRule(f"prompt_tokens={given!r}", "that is not a count of tokens", "Give one int, or one per row.")
     if is_listed and rows not in (None, len(counts)):
         raise BadRule(
-            f"prompt_tokens={given!r}", f"there are {rows} plans, one per row", "Give one int, or as many as plans."
+            f"prompt_tokens={given!r}", f"there are {rows} {of}, one per row", f"Give one int, or as many as {of}."
         )
     return counts if is_listed else counts[0]
 

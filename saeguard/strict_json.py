@@ -3,6 +3,9 @@
 import json
 from typing import Any
 
+EXACT = 1 << 53
+"""Up to here every whole number is a double."""
+
 
 def parse(text: str | bytes) -> Any:
     """What ``text`` says. Raises ValueError, also for nesting deeper than Python can follow."""
@@ -24,6 +27,25 @@ def depth(document: Any) -> int:
             for child in (node.values() if isinstance(node, dict) else node)
         ]
     return levels
+
+
+def rounded(document: Any) -> int | None:
+    """A whole number in ``document`` that no double is equal to, which readers of JSON may round; None without."""
+    left = [document]
+    while left:
+        node = left.pop()
+        if isinstance(node, dict | list):
+            left.extend(node.values() if isinstance(node, dict) else node)
+        elif type(node) is int and abs(node) > EXACT and not _is_double(node):
+            return node
+    return None
+
+
+def _is_double(number: int) -> bool:
+    try:
+        return float(number) == number
+    except OverflowError:
+        return False
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,20 @@ from saeguard.guarding.verify import read, verify
 from tests.audits import KEY, chain, record, written
 
 ROOT = Path(__file__).resolve().parent.parent
-CALLS = ("open", "fstat", "fdopen", "write", "pwrite", "fsync", "ftruncate", "replace", "fcntl", "flock")
+CALLS = (
+    "open",
+    "fstat",
+    "fdopen",
+    "write",
+    "pwrite",
+    "fsync",
+    "ftruncate",
+    "replace",
+    "fcntl",
+    "flock",
+    "link",
+    "unlink",
+)
 
 
 class Killed(BaseException):

@@ -28,6 +28,7 @@ from saeguard.evaluating.subject import Plain
 from saeguard.gates import Blend, Count, Hits, Latched, Watch
 from saeguard.guarding.guardrail import Guardrail
 from saeguard.guarding.policy import Policy
+from saeguard.guarding.stops import Refuse
 from saeguard.latents import LatentRow, LatentTable
 from tests import tiny
 from tests.words import word_tokenizer
@@ -124,8 +125,16 @@ def setting(model: Any, sae: SAE, policy: Policy, tmp_path_factory: Any) -> Sett
         questions(24, start=100), texts(folder / "left.jsonl", "left"), texts(folder / "right.jsonl", "right"),
         texts(folder / "benign.jsonl", "benign"), folder / "work", tokens=800, tuned_on=4, benign_rows=3,
         padded_rows=8, new_tokens=5, exact=True, rmu=RMUConfig(layer=1, blocks=2, steps=3, rows=2, tokens=40, lr=1e-2),
-        probe=ProbeConfig(steps=60),
+        probe=ProbeConfig(steps=60), also=(refusing(policy),),
     )  # fmt: skip
+
+
+def refusing(policy: Policy) -> Policy:
+    """The same, with a refusal behind the same gate."""
+    assert policy.plan is not None
+    (rule,) = policy.plan.rules
+    assert rule.gate is not None
+    return replace(policy, name="refusing", refusals=(Refuse(rule.gate, rule.sae, None, "w1", "left"),))
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +290,7 @@ def test_streams_resume_where_they_were_cut_off(model, tmp_path, monkeypatch):
 def test_every_system_answers_every_question_and_the_plain_one_differs_from_itself_in_none(document):
     rows = {row["system"]: row for row in document["systems"]}
 
-    assert len(rows) == 13
+    assert len(rows) == 14
     for row in rows.values():
         assert [row[role]["sum"]["n"] for role in ("forget", "retain", "neighbour")] == [4, 4, 4]
         assert set(row["topics"]) == {"left", "right", "near"}
@@ -302,6 +311,9 @@ def test_gated_systems_leave_other_topics_as_they_are_and_the_ungated_ones_do_no
     assert rows["our edit, no gate"]["benign"]["kl"] > 0.01
     assert rows["DSG, published hook"]["decoding"]["edited"] == 0.0
     assert rows["ours"]["decoding"]["edited"] == 1.0
+    assert rows["ours, refusing"]["forget"]["fires"]["share"] == 1.0
+    assert rows["ours, refusing"]["forget"]["sum"]["share"] == 0.0
+    assert rows["ours, refusing"]["retain"] == rows["ours"]["retain"]
     assert {row["system"] for row in document["systems"] if "padding" in row} >= {"ours", "DSG, published hook"}
 
 

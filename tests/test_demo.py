@@ -11,10 +11,9 @@ from saeguard.demo import ROWS, DemoRow, prove, run_demo
 from saeguard.demo.guarded import run_guarded
 from saeguard.demo.proofs import Case, hooks
 from saeguard.drawing.scene import encode, play, sites_of
-from saeguard.errors import BadPolicyFile
 from saeguard.gates import Latched, Words
 from saeguard.guarding.policy import Policy
-from saeguard.guarding.shipped import load_policy, shipped_policies
+from saeguard.guarding.stops import Refuse
 from saeguard.latents import LatentTable
 from saeguard.loaders import shipped
 from tests.tiny import fresh_model, tiny_model, tiny_sae
@@ -123,35 +122,25 @@ def test_rows_of_the_demonstration_fit_what_ships():
 
 @pytest.fixture(scope="module")
 def guarded():
-    """A gate that opens on the words of the first question, and an edit that shows."""
+    """A gate that opens on the words of the first question; one policy edits there, so that it shows, one refuses."""
     model, tokenizer, sae = fresh_model(), word_tokenizer(), tiny_sae()
     words = Words((5, 6, 7), (9.0, 9.0, 9.0), (1.0, 1.0, 1.0), last=8, floor=1.0, threshold=1.0)
-    rule = Rule("tiny", (1, 2), Clamp(-4.0, when="always", unit="norm"), gate=Latched(words))
-    policy = Policy.of(model, tokenizer, [sae], Plan((rule,)), name="three words")
     ids = [tokenizer.decode([token]) for token in (5, 6, 7, 30, 31)]
+    rule = Rule("tiny", (1, 2), Clamp(-4.0, when="always", unit="norm"), gate=Latched(words))
+    stop = Refuse(Latched(words), "tiny", None, " ".join(ids[3:]), "words")
+    made = lambda plan, *stops: Policy.of(model, tokenizer, [sae], plan, name="three words", refusals=stops)
+    policies = {"refuses": made(Plan((rule,)), stop), "edits": made(Plan((rule,)))}
     questions = (" ".join(ids[:3]), " ".join(ids[3:]))
-    return run_guarded(model, tokenizer, policy, [sae], questions=questions, max_new_tokens=5, chat=False)
+    return run_guarded(model, tokenizer, policies, [sae], questions=questions, max_new_tokens=5, chat=False)
 
 
-def test_guarded_question_is_edited_and_the_other_left_alone(guarded):
+def test_guarded_question_is_refused_and_edited_and_the_other_left_alone(guarded):
     about, other = guarded.answers
 
-    assert (about.decision, other.decision) == ("steer", "allow")
-    assert about.tokens_edited > 0
-    assert other.tokens_edited == 0
-    assert other.plain == other.guarded
+    assert [(one.policy, one.decision) for one in about.under] == [("refuses", "refuse"), ("edits", "steer")]
+    assert [one.decision for one in other.under] == ["allow", "allow"]
+    assert about.under[0].text == other.question
+    assert about.under[1].tokens_edited > 0
+    assert all(one.text == other.plain and one.tokens_edited == 0 for one in other.under)
     assert [(proof.claim, proof.found) for proof in guarded.proofs if not proof.holds] == []
-    assert len(guarded.proofs) == 5
-
-
-@pytest.mark.skipif(not shipped_policies(), reason="no policy ships with this checkout")
-def test_shipped_policies_are_read_and_fit_what_ships():
-    for name in shipped_policies():
-        policy = load_policy(name)
-        assert all(load_sae(pin.source).fingerprint() == pin.fingerprint for pin in policy.saes)
-        assert policy.calibration["questions"]["retain"]["share"] <= policy.calibration["level"]
-
-
-def test_policy_that_does_not_ship_is_refused_by_name():
-    with pytest.raises(BadPolicyFile, match="policy 'botany'.*shipped are"):
-        load_policy("botany")
+    assert len(guarded.proofs) == 6

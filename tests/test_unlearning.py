@@ -111,6 +111,19 @@ def test_refusal_of_another_choice_leaves_the_answer():
     assert of((stopped, free)).refused() == [True]
 
 
+def test_edits_alone_are_measured_as_if_nothing_were_refused(model, sae):
+    refusing, plain = (
+        both_sides(model, sae, planted.refusing(model, sae)),
+        answers_of(Plain(model, planted.TOKENIZER), questions()),
+    )
+    editing = both_sides(model, sae, planted.editing(model, sae))
+
+    for one in refusing:  # this policy edits nothing
+        for reading, part in one["likelihood"].items():
+            assert part["edits_alone"]["count"] == plain.accuracy(reading, topic=one["topic"]).right
+    assert all(part["edits_alone"] == part["guarded"] for one in editing for part in one["likelihood"].values())
+
+
 def both_sides(model: Any, sae: Any, policy: Any, **options: Any) -> list[dict[str, Any]]:
     asked = questions()
     plain = ask(Plain(model, planted.TOKENIZER), asked, new_tokens=5, **options)

@@ -18,7 +18,7 @@ from benchmarks.baselines.probe import ProbeConfig, fit_probe
 from benchmarks.baselines.published import PublishedHook, published_threshold
 from benchmarks.baselines.rmu import RMUConfig, rmu
 from benchmarks.baselines.streams import Streams, gather_streams, scores
-from benchmarks.baselines.systems import BY_LABELS, Parts, digest, farrell_rule, hits_gates, rho, systems
+from benchmarks.baselines.systems import BY_LABELS, Parts, digest, farrell_rule, hits_gates, named, rho, systems
 from saeguard.cli.texts import documents_of
 from saeguard.evaluating.multiple_choice import Question, asked_as
 from saeguard.evaluating.prompts import bare_ids
@@ -65,6 +65,8 @@ class Setting:
     padded_rows: int = 12
     new_tokens: int = measuring.NEW_TOKENS
     exact: bool = False
+    also: tuple[Policy, ...] = ()
+    """More policies, each with its own gate and action."""
     rmu: RMUConfig = RMUConfig()
     probe: ProbeConfig = ProbeConfig()
 
@@ -77,7 +79,7 @@ def prepare(setting: Setting, kept: measuring.Kept, tell: Tell) -> tuple[Parts, 
     thresholds = gates.thresholds | {"published": _published(setting, chosen.dsg_texts, gates.c, tell)}
     parts = Parts(
         setting.model, setting.tokenizer, setting.sae, setting.table, setting.policy, chosen, thresholds, gates.probe,
-        gates.c, STRENGTHS[0], tuned, key, setting.roles.topic,
+        gates.c, STRENGTHS[0], tuned, key, setting.roles.topic, also=setting.also,
     )  # fmt: skip
     return replace(parts, farrell=_strength(setting, parts, kept, tell)), gates.frontier
 
@@ -100,12 +102,12 @@ def _gates(setting: Setting, chosen: choosing.Chosen, tell: Tell) -> _Gates:
     tell("the linear probe")
     labels = torch.tensor([topic == setting.roles.topic for topic in topics])
     probe = fit_probe(train, labels, special, sae.site, setting.probe)
-    own: Any = _gate(setting.policy)
+    own = {named(policy, setting.policy): _gate(policy) for policy in (setting.policy, *setting.also)}
     gates: dict[str, Any] = hits_gates(chosen.dsg_questions) | {
-        BY_LABELS: rho(chosen.labels, 0.0), "raw probe": probe.gate, "ours": own,
+        BY_LABELS: rho(chosen.labels, 0.0), "raw probe": probe.gate, **own,
     }  # fmt: skip
     tell("thresholds")
-    thresholds = {"ours": _threshold(own)}
+    thresholds = {name: _threshold(gate) for name, gate in own.items()}
     for name in (one for one in gates if one not in thresholds):
         found = probe.scores if name == "raw probe" else scores(gates[name], sae, train, special)
         harmless = by_role(found, topics, setting.roles)["retain"].tolist()
@@ -171,6 +173,7 @@ def _level(policy: Policy) -> tuple[float, Any]:
 
 
 def _gate(policy: Policy) -> Any:
+    """The first one's."""
     assert policy.plan is not None
     return policy.plan.rules[0].gate
 

@@ -75,6 +75,7 @@ class Parts:
     tuned_key: str
     topic: str
     seed: int = 0
+    also: tuple[Policy, ...] = ()
 
     @property
     def rule(self) -> Rule:
@@ -85,7 +86,7 @@ class Parts:
 
     def under(self, plan: Plan, *more: SAE) -> Callable[[], AbstractContextManager[Subject]]:
         """Opens the model under a plan."""
-        return partial(_under, self.model, self.tokenizer, (self.sae, *more), plan)
+        return partial(under_plan, self.model, self.tokenizer, (self.sae, *more), plan)
 
     def planned(self, name: str, about: str, rule: Rule, *more: SAE) -> System:
         """The system of one rule."""
@@ -145,15 +146,25 @@ def _paper(parts: Parts) -> list[System]:
     ]  # fmt: skip
 
 
+def named(policy: Policy, first: Policy) -> str:
+    """What a policy is called beside the first one."""
+    return "ours" if policy is first else f"ours, {policy.name}"
+
+
 def _ours(parts: Parts) -> list[System]:
     @contextmanager
-    def guarded() -> Iterator[Subject]:
-        policies = {PLAIN: None, GUARDED: parts.policy}
-        with Guardrail.attach(parts.model, policies, tokenizer=parts.tokenizer, saes=parts.sae) as guard:
+    def guarded(policy: Policy) -> Iterator[Subject]:
+        with Guardrail.attach(
+            parts.model, {PLAIN: None, GUARDED: policy}, tokenizer=parts.tokenizer, saes=parts.sae
+        ) as guard:
             yield UnderPolicy(guard)
 
+    several = [
+        System(named(one, parts.policy), "the policy", partial(guarded, one), one.fingerprint(), gated=True)
+        for one in (parts.policy, *parts.also)
+    ]
     return [
-        System("ours", "the policy", guarded, parts.policy.fingerprint(), gated=True),
+        *several,
         parts.planned("our edit, no gate", "at every token", replace(parts.rule, gate=None)),
         parts.planned("raw probe, our edit", "gate: a linear probe", replace(parts.rule, gate=parts.probe)),
     ]
@@ -192,7 +203,7 @@ def _without_an_sae(parts: Parts) -> list[System]:
 
 
 @contextmanager
-def _under(model: Any, tokenizer: Any, saes: tuple[SAE, ...], plan: Plan) -> Iterator[Subject]:
+def under_plan(model: Any, tokenizer: Any, saes: tuple[SAE, ...], plan: Plan) -> Iterator[Subject]:
     named = {rule.sae for rule in plan.rules} | {leaf.sae for rule in plan.rules for leaf in leaves(rule) if leaf.sae}
     used = [sae for sae in saes if sae.name in named]
     policy = Policy.of(model, tokenizer, used, plan, name=plan.name)

@@ -63,12 +63,15 @@ def _show(result: Any) -> None:
 def _show_guard(guard: Any) -> None:
     console = out()
     console.print()
-    console.rule(f"[bold]Behind a guardrail: to be forgotten is {escape(guard.policy)}", align="left", style="dim")
+    console.rule("[bold]Behind a guardrail, which is to forget biology", align="left", style="dim")
     for answer in guard.answers:
         console.print(f"[dim]asked  [/] {escape(answer.question)}")
         console.print(f"[dim]plain  [/] {escape(answer.plain)}")
-        said = f"gate's score {answer.score:.2f}, {answer.tokens_edited} tokens edited"
-        console.print(f"[dim]guarded[/] [bold]{escape(answer.guarded)}[/]  [dim]({said})[/]\n")
+        for one in answer.under:
+            did = f", {one.tokens_edited} tokens edited" if one.decision == "steer" else ""
+            said = f"{one.policy}: {one.decision}, gate's score {one.score:.2f}{did}"
+            console.print(f"[dim]guarded[/] [bold]{escape(one.text)}[/]  [dim]({escape(said)})[/]")
+        console.print()
 
 
 NEXT = (

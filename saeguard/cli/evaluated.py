@@ -10,8 +10,8 @@ from saeguard.cli.console import table
 
 def unlearning_table(document: dict[str, Any]) -> Table:
     """A row per file and topic: plain accuracy, then guarded, by log-likelihood and in writing."""
-    heads = ("file", "topic", "n", "chance", "sum", "guarded, 95 %", "bytes", "PMI", "refused", "options", "open",
-             "triggered", "rest identical")  # fmt: skip
+    heads = ("file", "topic", "n", "chance", "sum", "guarded, 95 %", "bytes", "PMI", "refused", "edits alone",
+             "options", "open", "triggered", "rest identical")  # fmt: skip
     rows = []
     for file in document["files"]:
         for part in file["topics"]:
@@ -21,7 +21,7 @@ def unlearning_table(document: dict[str, Any]) -> Table:
                 file["file"].removesuffix(".gz").removesuffix(".jsonl"), part["topic"] or "-", part["n"],
                 percent(part["chance"]), _change(told["sum"]),
                 f"{percent(guarded['low'])} to {percent(guarded['high'])}", _change(told["bytes"]),
-                _change(told["pmi"]), told["sum"]["refused"],
+                _change(told["pmi"]), told["sum"]["refused"], percent(told["sum"]["edits_alone"]["share"]),
                 *(_change(written[form]) if form in written else "-" for form in ("options", "open")),
                 " / ".join(percent(one["share"]) for one in triggered(part)),
                 "yes" if all(same == of for same, of in part["identical"].values()) else "NO",

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from saeguard.cli.texts import documents_of, within
+from saeguard.cli.edits import Edit, Wanted, made
+from saeguard.cli.texts import documents_of
 
 LEVELS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 """False-positive rates whose thresholds are shown beside the one that was asked for."""
@@ -32,10 +33,7 @@ class Asked:
     weights: Mapping[str, float]
     sae: str
     model: str
-    select: str
-    top: int
-    floor: float
-    op: Any
+    edit: Wanted
     level: float
     method: Any
     confidence: float
@@ -47,6 +45,7 @@ class Asked:
     tokens: int
     name: str
     refuse: str
+    also_edit: bool
     seed: int
     folder: Path
 
@@ -69,33 +68,41 @@ def fit_policy(asked: Asked, tell: Any) -> tuple[Any, dict[str, Any]]:
 
     started, say = time.perf_counter(), tell or (lambda *told: None)
     read = _load(asked)
+    edit = None if asked.refuse and not asked.also_edit else made(
+        asked.edit, read, asked.topic, tokens=asked.tokens, seed=asked.seed, folder=asked.folder, say=say
+    )  # fmt: skip
     rows, fitted = _gate(asked, read, say)
     threshold, figures, frontier = _calibrated(asked, rows, fitted.scores)
-    chosen = () if asked.refuse else _latents(asked, read, say)
+    figures["fit"] |= {} if edit is None else edit.figures
     gate = Latched(replace(fitted.gate, threshold=threshold.value))
     policy = Policy.of(
         read.model, read.tokenizer, [read.sae], name=asked.name, calibration=figures,
-        sources={read.sae.name: asked.sae}, model_name=asked.model, **_action(asked, read.sae.name, chosen, gate),
+        sources={read.sae.name: asked.sae}, model_name=asked.model, **_action(asked, read.sae.name, edit, gate),
     )  # fmt: skip
     cost = {
         "minutes": round((time.perf_counter() - started) / 60, 2),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "tokens": sum(len(row.ids) for row in rows),
     }
+    edited = {} if edit is None else {"selection": edit.selection, "strength": edit.strength}
     return policy, {
-        "topic": asked.topic, "latents": list(chosen), "calibration": figures, "frontier": frontier,
+        "topic": asked.topic, "refuses": bool(asked.refuse),
+        "latents": [] if edit is None else list(edit.latents), **edited, "calibration": figures, "frontier": frontier,
         "parts": {**fitted.made, "alone": _alone(asked, rows, fitted)}, "cost": cost,
     }  # fmt: skip
 
 
-def _action(asked: Asked, sae: str, latents: tuple[int, ...], gate: Any) -> dict[str, Any]:
-    """What happens where the gate opens: a refusal if one was asked for, else an edit."""
+def _action(asked: Asked, sae: str, edit: Edit | None, gate: Any) -> dict[str, Any]:
+    """What happens where the gate opens: an edit, a refusal, or both behind the one gate."""
     from saeguard.guarding.stops import Refuse
     from saeguard.plans import Plan, Rule
 
+    found: dict[str, Any] = {}
+    if edit is not None:
+        found["plan"] = Plan((Rule(sae, edit.latents, edit.op, gate=gate),), asked.name)
     if asked.refuse:
-        return {"refusals": (Refuse(gate, sae, None, asked.refuse, f"{asked.topic}.gate"),)}
-    return {"plan": Plan((Rule(sae, latents, asked.op, gate=gate),), asked.name)}
+        found["refusals"] = (Refuse(gate, sae, None, asked.refuse, f"{asked.topic}.gate"),)
+    return found
 
 
 def _load(asked: Asked) -> _Read:
@@ -155,34 +162,6 @@ def _gate(asked: Asked, read: _Read, say: Any) -> tuple[Sequence[Any], Any]:
                           config=config, progress=tell)  # fmt: skip
 
 
-def _latents(asked: Asked, read: _Read, say: Any) -> tuple[int, ...]:
-    """The latents to edit, chosen on questions as a model reads them. Raises `ScoreMismatch` where none is left."""
-    from saeguard.errors import ScoreMismatch
-    from saeguard.scoring import forget_retain
-    from saeguard.scoring.cache import Cache
-    from saeguard.scoring.statistics import gather
-    from saeguard.scoring.texts import Texts
-
-    sides = {"forget": [q for q in read.questions if q.topic == asked.topic],
-             "retain": [q for q in read.questions if q.topic != asked.topic]}  # fmt: skip
-    texts = {}
-    for side, questions in sides.items():
-        written = [f"Question: {question.text}\nAnswer:" for question in questions]
-        kept = within({side: written}, read.tokenizer, n_tokens=asked.tokens, seed=asked.seed)
-        texts[side] = Texts.from_text(kept, read.tokenizer, read.sae, name=side)
-    found = gather(read.model, read.sae, texts, cache=Cache(asked.folder / "statistics"),
-                   progress=lambda done, total: say("choosing latents", done, total, "rows"))  # fmt: skip
-    options = {"floor": asked.floor} if asked.select == "dsg" else {}
-    scores = getattr(forget_retain, asked.select)(found, **options)
-    chosen = tuple(scores.ranked(asked.select)[: asked.top])
-    if not chosen:
-        raise ScoreMismatch(
-            f"latents of {read.sae.name} by {asked.select}", "the rule rejects all of them",
-            "Use another --select; for dsg a lower --floor.",
-        )  # fmt: skip
-    return chosen
-
-
 def _calibrated(asked: Asked, rows: Sequence[Any], scores: Any) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
     """The threshold, what is known of it, and what other thresholds would do."""
     from saeguard.guarding.calibrating import rate, threshold
@@ -216,20 +195,8 @@ def _fingerprint(rows: Sequence[Any]) -> str:
 
 def _settings(asked: Asked) -> dict[str, Any]:
     """What was asked for, as far as it is no file."""
-    names = (
-        "topic",
-        "evidence",
-        "select",
-        "top",
-        "floor",
-        "passages",
-        "sentences",
-        "grams",
-        "chat_every",
-        "tokens",
-        "seed",
-    )
-    return {name: getattr(asked, name) for name in names} | {
+    names = ("topic", "evidence", "passages", "sentences", "grams", "chat_every", "tokens", "seed")
+    return {name: getattr(asked, name) for name in names} | asked.edit.settings() | {
         "neighbours": list(asked.neighbours), "weights": dict(asked.weights),
     }  # fmt: skip
 

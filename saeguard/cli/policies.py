@@ -175,6 +175,21 @@ def _tell(found: Any) -> None:
     console.print(f"fingerprint {found.fingerprint()}", soft_wrap=True)
 
 
-def _short(gate: Any) -> str:
-    """A gate as it is written in Python, as far as a line can show it."""
-    return "-" if gate is None else f"{gate!r:.100}"
+FEW = 6
+"""Numbers of a gate that are shown; of more their count is."""
+
+
+def _short(part: Any) -> str:
+    """A gate or a part of one as it is written in Python, long lists by their length, defaults left out."""
+    from dataclasses import MISSING, fields, is_dataclass
+
+    if part is None:
+        return "-"
+    if isinstance(part, tuple) and len(part) > FEW:
+        return f"({len(part):,} of them)"
+    if isinstance(part, tuple):
+        return f"({', '.join(map(_short, part))})"
+    if not is_dataclass(part):
+        return repr(part)
+    shown = [one for one in fields(part) if one.default is MISSING or getattr(part, one.name) != one.default]
+    return f"{type(part).__name__}({', '.join(f'{one.name}={_short(getattr(part, one.name))}' for one in shown)})"

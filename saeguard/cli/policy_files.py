@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-HELP = "A policy file, as Policy.save writes, or the name of a shipped one: biology."
+HELP = "A policy file, as Policy.save writes, or the name of a shipped one: biology, biology-edits."
 
 
 def named_policy(given: str) -> Path:

@@ -51,8 +51,8 @@ def select(
     from saeguard.scoring.table import ScoreTable
 
     made = make_op(op, value, unit=unit.value, when=when.value) if op else None
-    bounds = [*_bounds(bound or [], percentile=False), *_bounds(percentile_bound or [], percentile=True)]
-    first = _firsts(within or [])
+    bounds = [*bounds_of(bound or [], percentile=False), *bounds_of(percentile_bound or [], percentile=True)]
+    first = firsts_of(within or [])
     chosen = choose(ScoreTable.load(scores), by, top=top, bounds=bounds, within=first)
     plan = None if made is None else chosen.plan(made, phase=phase.value)
     written = [] if target is None or plan is None else _write(plan, chosen, target)
@@ -74,7 +74,8 @@ def select(
         out().print(f"Wrote {path}", style="dim")
 
 
-def _bounds(given: list[str], *, percentile: bool) -> list[Any]:
+def bounds_of(given: list[str], *, percentile: bool) -> list[Any]:
+    """The `Bound` of each text, such as ``frequency>=1e-4``."""
     from saeguard.scoring.select import Bound
 
     found = []
@@ -91,7 +92,8 @@ def _bounds(given: list[str], *, percentile: bool) -> list[Any]:
     return found
 
 
-def _firsts(given: list[str]) -> dict[str, int]:
+def firsts_of(given: list[str]) -> dict[str, int]:
+    """A number of latents per column, from texts such as ``topic=500``."""
     found = {}
     for text in given:
         match = _WITHIN.fullmatch(text)

@@ -20,7 +20,7 @@ from saeguard.cli.console import check_target, out, progress
 from saeguard.cli.judging import bars
 from saeguard.cli.policy_files import HELP, named_policy
 
-SCHEMA = 1
+SCHEMA = 2
 PolicyFile = Annotated[Path, typer.Option("--policy", parser=named_policy, metavar="POLICY", help=HELP)]
 Questions = Annotated[
     list[str],

@@ -1,11 +1,11 @@
-"""The guardrail's part of the demonstration: questions of two topics in one batch, under a policy and without one.
+"""The guardrail's part of the demonstration: questions of two topics in one batch, under policies and without one.
 
-Each question stands twice in the batch, once per policy, so that everything is one call of generate, and is put on
+Each question stands in the batch plainly and once per policy, so that everything is one call of generate, and is put on
 record row by row. What is claimed is computed anew and compared, as in `saeguard.demo.proofs`.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,58 +20,69 @@ from saeguard.guarding.audit import AuditLog
 from saeguard.guarding.guardrail import Guardrail
 from saeguard.guarding.outcome import Guarded
 from saeguard.guarding.policy import Policy
+from saeguard.guarding.stops import Refuse
 from saeguard.guarding.verify import verify
 from saeguard.sae import SAE
 
 QUESTIONS = ("What do mitochondria do in a cell?", "What caused the First World War?")
-"""The first is about what the shipped policy is to forget, the second is not."""
-OPEN, GUARDED = "plain", "guarded"
+"""The first is about what the shipped policies are to forget, the second is not."""
+OPEN = "plain"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One question, both answers, and what the guardrail made of it."""
+class Under:
+    """One answer under a policy, and what the guardrail made of the row."""
 
-    question: str
-    plain: str
-    guarded: str
+    policy: str
+    text: str
     decision: str
     score: float
     tokens_edited: int
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One question, its plain answer, and the one under each policy."""
+
+    question: str
+    plain: str
+    under: tuple[Under, ...]
+
+
+@dataclass(frozen=True)
 class GuardScene:
     """What is shown of it."""
 
-    policy: str
     answers: tuple[Answer, ...]
     proofs: tuple[Proof, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"policy": self.policy, "answers": [asdict(answer) for answer in self.answers],
+        return {"answers": [asdict(answer) for answer in self.answers],
                 "checks": [asdict(proof) for proof in self.proofs]}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """A batch in which every question stands under both policies, first all plain ones, and its answers."""
+    """A batch of ``n`` plain questions, then the same under each policy, and the answers to it."""
 
     guard: Guardrail
+    policies: Mapping[str, Policy]
     batch: Batch
+    n: int
     rows: tuple[str, ...]
     found: Guarded
+    tokenizer: Any
 
-    @property
-    def n(self) -> int:
-        return len(self.rows) // 2
+    def decided(self, *decisions: str) -> list[int]:
+        """The rows under a policy of which this was decided."""
+        return [i for i in range(self.n, len(self.rows)) if self.found.decisions[i].decision in decisions]
 
 
 def run_guarded(
     model: nn.Module,
     tokenizer: Any,
-    policy: Policy,
+    policies: Mapping[str, Policy],
     saes: Sequence[SAE],
     *,
     questions: Sequence[str] = QUESTIONS,
@@ -79,58 +90,70 @@ def run_guarded(
     chat: bool = True,
     tick: Callable[[str], None] = lambda step: None,
 ) -> GuardScene:
-    """Ask every question plainly and under ``policy``, in one batch, and check what is promised of it."""
-    before, batch = hooks(model), encode(tokenizer, [*questions, *questions], chat=chat)
-    rows = (OPEN,) * len(questions) + (GUARDED,) * len(questions)
-    tick(f"{len(questions)} questions under a guardrail and without one")
+    """Ask every question plainly and under each policy, in one batch, and check what is promised of it."""
+    n, before = len(questions), hooks(model)
+    rows = tuple(name for name in (OPEN, *policies) for _ in questions)
+    batch = encode(tokenizer, [*questions] * (1 + len(policies)), chat=chat)
+    tick(f"{n} questions under a guardrail and without one")
     with tempfile.TemporaryDirectory() as folder:
         log = AuditLog(Path(folder) / "audit.jsonl")
-        policies = {OPEN: None, GUARDED: policy}
-        with Guardrail.attach(model, policies, tokenizer=tokenizer, saes=saes, audit=log) as guard:
+        named = {OPEN: None, **policies}
+        with Guardrail.attach(model, named, tokenizer=tokenizer, saes=saes, audit=log) as guard:
             found = guard.generate(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, rows=rows,
                 max_new_tokens=max_new_tokens, do_sample=False,
             )  # fmt: skip
-            case = _Case(guard, batch, rows, found)
+            case = _Case(guard, policies, batch, n, rows, found, tokenizer)
             tick("checking the guardrail")
-            proofs = [_quiet_rows(case), _edited_rows(case), _goes_around(case)]
+            proofs = [_quiet_rows(case), *_refused_rows(case), *_edited_rows(case), _goes_around(case)]
         proofs.append(_recorded(log, len(rows)))
     proofs.append(_detached(model, before))
-    return GuardScene(policy.name, _answers(case, questions, tokenizer), tuple(proofs))
+    return GuardScene(_answers(case, questions), tuple(proofs))
 
 
-def _answers(case: _Case, questions: Sequence[str], tokenizer: Any) -> tuple[Answer, ...]:
-    texts, made = case.found.texts(tokenizer), []
+def _answers(case: _Case, questions: Sequence[str]) -> tuple[Answer, ...]:
+    texts, made = case.found.texts(case.tokenizer), []
     for i, question in enumerate(questions):
-        decision = case.found.decisions[case.n + i]
-        edited = sum(fired.tokens for fired in decision.fired.values())
-        score = max(decision.scores.values(), default=float("nan"))
-        made.append(Answer(question, texts[i], texts[case.n + i], decision.decision, score, edited))
+        under = []
+        for row in range(case.n + i, len(case.rows), case.n):
+            decision = case.found.decisions[row]
+            edited = sum(fired.tokens for fired in decision.fired.values())
+            score = max(decision.scores.values(), default=float("nan"))
+            under.append(Under(case.rows[row], texts[row], decision.decision, score, edited))
+        made.append(Answer(question, texts[i], tuple(under)))
     return tuple(made)
 
 
 def _quiet_rows(case: _Case) -> Proof:
     """A row whose gate stayed shut has the tokens of the plain row beside it, and, computed once more, its logits."""
-    quiet = [i for i in range(case.n) if case.found.decisions[case.n + i].decision == "allow"]
+    quiet = case.decided("allow")
     plain, under = _logits(case, (OPEN,) * len(case.rows)), _logits(case, case.rows)
     same = all(
-        torch.equal(plain[case.n + i], under[case.n + i])
-        and torch.equal(case.found.sequences[i], case.found.sequences[case.n + i])
+        torch.equal(plain[i], under[i]) and torch.equal(case.found.sequences[i % case.n], case.found.sequences[i])
         for i in quiet
     )
-    found = f"{len(quiet) * plain[0].numel():,} logits of {len(quiet)} row compared bit by bit, and its tokens"
+    found = f"{len(quiet) * plain[0].numel():,} logits of {len(quiet)} rows compared bit by bit, and their tokens"
     return Proof("A row whose gate stays shut is bit-identical to the plain model", found, same and bool(quiet))
 
 
-def _edited_rows(case: _Case) -> Proof:
-    """In a row whose gate opened, every token from there to the last was edited."""
-    fired = [
-        one for decision in case.found.decisions[case.n :] if decision.decision == "steer"
-        for one in decision.fired.values()
-    ]  # fmt: skip
+def _refused_rows(case: _Case) -> list[Proof]:
+    """A refused row holds the refusal and not one token of an answer; no claim where no policy refuses."""
+    refusing = {name: stop.text for name, policy in case.policies.items() for stop in policy.refusals
+                if isinstance(stop, Refuse)}  # fmt: skip
+    texts, refused = case.found.texts(case.tokenizer), case.decided("refuse")
+    same = all(texts[i] == refusing.get(case.rows[i]) for i in refused)
+    found = f"{len(refused)} row, ended at token {case.found.decisions[refused[0]].at}" if refused else "no row"
+    proof = Proof("A refused row holds the refusal and nothing of an answer", found, same and bool(refused))
+    return [proof] if refusing else []
+
+
+def _edited_rows(case: _Case) -> list[Proof]:
+    """In a row that was edited, every token from the first one on was; no claim where all policies refuse."""
+    editing = [name for name, policy in case.policies.items() if not policy.refusals]
+    fired = [one for i in case.decided("steer") for one in case.found.decisions[i].fired.values()]
     edited, expected = sum(one.tokens for one in fired), sum(one.expected for one in fired)
     found = f"{edited} of {expected} tokens, the generated ones included"
-    return Proof("Where the gate opened, every token was edited", found, 0 < edited == expected)
+    return [Proof("Where the gate opened, every token was edited", found, 0 < edited == expected)] if editing else []
 
 
 def _logits(case: _Case, rows: Sequence[str]) -> Tensor:

@@ -23,7 +23,8 @@ from saeguard.models import load_model
 from saeguard.sae import SAE
 
 MODEL = "smollm2-135m-instruct"
-POLICY = "biology"
+POLICIES = ("biology", "biology-edits")
+"""One that refuses, and one that edits."""
 Tick = Callable[[str], None]
 
 
@@ -56,22 +57,22 @@ def run_demo(
     tokenizer: Any = None,
     saes: Mapping[str, SAE] | None = None,
     labels: dict[int, str] | None = None,
-    policy: Policy | None = None,
+    policies: Mapping[str, Policy] | None = None,
     max_new_tokens: int = 40,
     chat: bool = True,
     picture: bool = True,
     tick: Tick = lambda step: None,
 ) -> Result:
-    """Steer a batch of ``rows``, ask questions under ``policy``, check every promise, write the files to ``out``.
+    """Steer a batch of ``rows``, ask questions under ``policies``, check every promise, write the files to ``out``.
 
-    ``model``, ``tokenizer``, ``saes`` and ``policy`` default to the demo model, the shipped SAEs that the plans name
-    and the shipped policy; ``tick`` is told what is being done.
+    ``model``, ``tokenizer``, ``saes`` and ``policies`` default to the demo model, the shipped SAEs that the plans
+    name and the shipped policies; ``tick`` is told what is being done.
     """
     start = time.perf_counter()
     if model is None:
         tick(f"loading {MODEL} (the first time it is fetched and kept)")
         model, tokenizer = load_model(MODEL)
-        policy = policy or load_policy(POLICY)
+        policies = policies or {name: load_policy(name) for name in POLICIES}
     if saes is None:
         tick("loading SAEs")
         names = dict.fromkeys(rule.sae for row in rows if row.plan for rule in row.plan.rules)
@@ -79,9 +80,10 @@ def run_demo(
         labels = _labels(rows)
     scene = perform(model, tokenizer, saes, rows, max_new_tokens=max_new_tokens, chat=chat, tick=tick)
     guard = None
-    if policy is not None:
-        pinned = [saes[pin.name] if pin.name in saes else load_sae(pin.source) for pin in policy.saes]
-        guard = run_guarded(model, tokenizer, policy, pinned, max_new_tokens=max_new_tokens, chat=chat, tick=tick)
+    if policies:
+        pins = {pin.name: pin.source for policy in policies.values() for pin in policy.saes}
+        pinned = [saes[name] if name in saes else load_sae(source) for name, source in pins.items()]
+        guard = run_guarded(model, tokenizer, policies, pinned, max_new_tokens=max_new_tokens, chat=chat, tick=tick)
     tick("drawing")
     made = Result(replace(scene, labels=labels), guard, (), 0.0)
     files = _written(made, Path(out), picture=picture)

@@ -83,9 +83,13 @@ class Answers:
     asked: tuple[Verdict, ...] = ()
     said: tuple[tuple[Verdict, ...], ...] = ()
 
-    def right(self, reading: Reading = "sum") -> list[bool]:
-        """Per question, whether the right choice has the largest number, and alone, and its row was not stopped."""
-        rows = zip(self.questions, getattr(self, reading), self.refused(reading), strict=True)
+    def right(self, reading: Reading = "sum", *, refusals: bool = True) -> list[bool]:
+        """Per question, whether the right choice has the largest number, and alone, and its row was not stopped.
+
+        Without ``refusals`` a stop counts for nothing: what the model knows behind its edits.
+        """
+        stopped = self.refused(reading) if refusals else [False] * len(self.questions)
+        rows = zip(self.questions, getattr(self, reading), stopped, strict=True)
         return [not no and all(row[q.gold] > x for i, x in enumerate(row) if i != q.gold) for q, row, no in rows]
 
     def refused(self, reading: Reading = "sum") -> list[bool]:

@@ -2,7 +2,8 @@
 
 Each side is asked for the likeliest choice and, in writing, for the answer. Of the questions in which no gate opened
 every number has to be the plain model's to the last bit: sums of log-likelihoods, written ids, and, for a sample, all
-logits. `figures` compares the two sides as one JSON object per topic; shares come with Wilson's 95 % interval.
+logits. `figures` compares the two sides as one JSON object per topic; shares come with Wilson's 95 % interval. A
+refused question counts as wrong; ``edits_alone`` is what is right if stops are passed over and the edits are not.
 """
 
 import hashlib
@@ -68,7 +69,8 @@ def _of_topic(topic: str, plain: Side, guarded: Side) -> dict[str, Any]:
         "topic": topic, "n": n, "chance": sum(1 / len(one.choices) for one in questions) / n,
         "likelihood": {
             reading: _compared(plain.answers.right(reading), guarded.answers.right(reading))
-            | {"refused": sum(guarded.answers.refused(reading))}
+            | {"refused": sum(guarded.answers.refused(reading)),
+               "edits_alone": share(sum(guarded.answers.right(reading, refusals=False)), n)}
             for reading in get_args(Reading)
         },
         "written": {form: _in_writing(plain.written[form], guarded.written[form]) for form in plain.written},

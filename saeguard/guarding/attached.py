@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Literal
 
 import torch
 from jaxtyping import Bool
@@ -42,6 +41,14 @@ class Ended:
     at: int
 
 
+@dataclass(frozen=True)
+class Lent:
+    """That others call the model: whether with batches of any size under one policy, and whether its stops may open."""
+
+    any_rows: bool
+    measuring: bool
+
+
 @dataclass(eq=False)
 class Table:
     """The call that runs now: the number of each row's policy, and what is recorded of it."""
@@ -51,8 +58,7 @@ class Table:
     prompt_tokens: int | tuple[int, ...] | None
     is_request: bool
     """Whether it is one generate call, rather than passes one by one."""
-    lent: Literal["no", "edits", "measuring"] = "no"
-    """Whether others call the model, with batches of any size under one policy, and whether its stops may open."""
+    lent: Lent | None = None
     calls: list[CallRecord] = field(default_factory=list)
     ended: dict[int, Ended] = field(default_factory=dict)
     looked: int = 0
@@ -92,7 +98,7 @@ class Attached(Run):
     @contextmanager
     def rows(
         self, owners: Sequence[int], prompt_tokens: int | tuple[int, ...] | None = None, *, is_request: bool = False,
-        lent: Literal["no", "edits", "measuring"] = "no",
+        lent: Lent | None = None,
     ) -> Iterator[Table]:  # fmt: skip
         """Passes of this thread or task, inside the block, are of these rows."""
         mine = Table(self, tuple(owners), prompt_tokens, is_request, lent)
@@ -108,7 +114,7 @@ class Attached(Run):
         if (table := self.table) is None:
             raise _unnamed()
         copies = request.copies if request is not None else 1
-        owners = self._of_others(table, rows, request) if table.lent != "no" else table.owners
+        owners = self._of_others(table, table.lent, rows, request) if table.lent is not None else table.owners
         if rows != len(owners) * copies:
             raise RowsMismatch(
                 f"policies for {len(owners)} rows", f"the batch has {rows} rows of {copies} each",
@@ -118,16 +124,16 @@ class Attached(Run):
         columns = [torch.isin(owner, torch.tensor(sorted(bound.plans or ()))) for bound in self.rules]
         return torch.stack(columns, 1) if columns else torch.zeros(rows, 0, dtype=torch.bool)
 
-    def _of_others(self, table: Table, rows: int, request: Request | None) -> tuple[int, ...]:
-        """The policies of a pass that somebody else makes, with as many rows as it has."""
+    def _of_others(self, table: Table, lent: Lent, rows: int, request: Request | None) -> tuple[int, ...]:
+        """The policies of a pass that somebody else makes, as many as it has rows where one is for all."""
         if request is not None:
             raise UnguardedCall(
                 "generate of the model inside a guarded one", "its answer would be neither stopped nor on record",
                 "Call generate of the model that the guardrail is attached to.",
             )  # fmt: skip
-        if table.lent == "edits" and any(self._stops[owner] for owner in table.owners):
+        if not lent.measuring and any(self._stops[owner] for owner in table.owners):
             raise passes_cannot_stop()
-        return table.owners * rows
+        return table.owners * rows if lent.any_rows else table.owners
 
     def open_record(self, request: Request | None) -> CallRecord:
         """A fresh record, which lives as long as the call. Raises `UnsupportedMode` for a call inside a request."""
@@ -241,7 +247,7 @@ def passes_cannot_stop() -> UnsupportedMode:
 def _unnamed() -> UnguardedCall:
     return UnguardedCall(
         "a call of a guarded model", "nothing says which policy its rows are under",
-        "Call guard.generate(...), model(...) inside `with guard.rows(...)`, or others inside `guard.calls(...)`.",
+        "Call guard.generate(...), or the model inside `with guard(model, rows=[...])` or `guard.calls(...)`.",
     )  # fmt: skip
 
 

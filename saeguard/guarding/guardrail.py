@@ -9,22 +9,22 @@ decides, what an edit did and how the request ended is on record before the last
 
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from saeguard.canary import canary
 from saeguard.engines.base import Model, Request
 from saeguard.engines.inside import inside
 from saeguard.engines.session import bind, join, leave, participants
-from saeguard.errors import BadRule, GuardError, GuardNotApplied, ModelBusy, UnguardedCall, UnsupportedMode
-from saeguard.guarding.attached import Attached, Table, passes_cannot_stop, plan_of, stops_of
+from saeguard.errors import BadRule, GuardError, GuardNotApplied, ModelBusy, UnguardedCall
+from saeguard.guarding.asked import check_last, prompts_of
+from saeguard.guarding.asked import request_ids as named
+from saeguard.guarding.attached import Attached, Lent, Table, passes_cannot_stop, plan_of, stops_of
 from saeguard.guarding.audit import AuditLog
 from saeguard.guarding.deadline import Deadline
 from saeguard.guarding.deciding import decide, opened
@@ -35,11 +35,10 @@ from saeguard.guarding.outcome import Decision, Guarded, Opened, replaced
 from saeguard.guarding.pins import module_of
 from saeguard.guarding.policy import Policy
 from saeguard.guarding.recording import Recorder
-from saeguard.guarding.records import CODE
 from saeguard.guarding.stopping import EndStopped, check_ends
 from saeguard.guarding.stops import Refuse
 from saeguard.sae import SAE
-from saeguard.steering import prepare
+from saeguard.steering import prepare, prompt_counts
 
 Policies = Policy | Mapping[str, Policy | None]
 DEFAULT = "default"
@@ -141,7 +140,7 @@ class Guardrail:
         with self._in_force() as standing:
             request = standing.session.engine.read_request(args, kwargs)
             owners = standing.numbers(rows, request.rows)
-            names, prompts = _request_ids(request_ids, request.rows), _prompts(args, kwargs, request)
+            names, prompts = named(request_ids, request.rows), prompts_of(args, kwargs, request)
             with standing.attached.rows(owners, is_request=True) as table:
                 put = partial(self._recorder.write_error, names=names, tenant=tenant, prompts=prompts,
                               attached=standing.attached, owners=owners, table=table)  # fmt: skip
@@ -159,7 +158,7 @@ class Guardrail:
 
     @contextmanager
     def rows(
-        self, rows: str | Sequence[str] | None = None, *, n: int, prompt_tokens: int | tuple[int, ...] | None = None,
+        self, rows: str | Sequence[str] | None = None, *, n: int, prompt_tokens: int | Sequence[int] | None = None,
         measuring: bool = False,
     ) -> Iterator[Table]:  # fmt: skip
         """Passes of this thread inside the block are of ``n`` rows under these policies, edits and gates alike.
@@ -168,27 +167,45 @@ class Guardrail:
         unless ``measuring``: then passes go on where a row would have been stopped, and `opened` says which.
         """
         with self._in_force() as standing:
-            owners = standing.numbers(rows, n)
+            owners, counts = standing.numbers(rows, n), prompt_counts(prompt_tokens, n, of="policies")
             if not measuring and any(standing.attached.stops(owner) for owner in owners):
                 raise passes_cannot_stop()
-            with standing.attached.rows(owners, prompt_tokens) as table:
+            with standing.attached.rows(owners, counts) as table:
                 yield table
 
     @contextmanager
+    def __call__(
+        self, model: Model, rows: str | Sequence[str] | None = None, *, tenant: str | None = None,
+        prompt_tokens: int | Sequence[int] | None = None, measuring: bool = False,
+    ) -> Iterator[None]:  # fmt: skip
+        """Calls of ``model`` in this thread, inside the block and whoever makes them, are under these policies.
+
+        ``rows`` names one policy per row of every batch, or one for all rows of batches of any size. ``model.generate``
+        is then `generate`, and gives its sequences; passes are edited as in `rows`. Blocks nest: the inner one counts.
+        Raises `UnguardedCall` for another model, a name that is none and, from ``generate``, another number of rows,
+        which passes refuse with `RowsMismatch`; `BadRule` for ``prompt_tokens`` that do not fit; and `UnsupportedMode`
+        from a pass under a policy that stops rows, unless ``measuring``.
+        """
+        if module_of(model) is not self.model:
+            raise UnguardedCall(
+                f"a block of a guardrail for {type(model).__name__}", "it is attached to another model",
+                "Give the model that it is attached to, guard.model.",
+            )  # fmt: skip
+        each = None if rows is None or isinstance(rows, str) else tuple(rows)
+        with self._in_force() as standing:
+            owners = standing.numbers(rows, 1 if each is None else max(len(each), 1))
+            counts = prompt_counts(prompt_tokens, None if each is None else len(each), of="policies")
+            how = Lent(any_rows=each is None, measuring=measuring)
+            table = standing.attached.rows(owners, counts, lent=how)
+            with table, lent(self, standing.attached, rows if each is None else each, tenant):
+                yield
+
     def calls(
         self, policy: str | None = None, *, tenant: str | None = None,
-        prompt_tokens: int | tuple[int, ...] | None = None, measuring: bool = False,
-    ) -> Iterator[None]:  # fmt: skip
-        """Calls that others make of the model in this thread, inside the block, are under ``policy``, in every row.
-
-        For pipelines and harnesses, whose batches have any size. ``model.generate`` is then `generate`, and gives its
-        sequences; passes are edited as in `rows`. Raises `UnsupportedMode` from a pass under a policy that stops rows,
-        unless ``measuring``.
-        """
-        with self._in_force() as standing:
-            owners, how = standing.numbers(policy, 1), "measuring" if measuring else "edits"
-            with standing.attached.rows(owners, prompt_tokens, lent=how), lent(self, standing.attached, policy, tenant):
-                yield
+        prompt_tokens: int | Sequence[int] | None = None, measuring: bool = False,
+    ) -> AbstractContextManager[None]:  # fmt: skip
+        """``guard(model, rows=policy)``: one policy for all rows, for pipelines and all that makes its own batches."""
+        return self(self.model, policy, tenant=tenant, prompt_tokens=prompt_tokens, measuring=measuring)
 
     def opened(self, table: Table) -> tuple[Opened, ...]:
         """Of each row of a `rows` block: whether a gate of its policy has opened, and whether one that stops rows has.
@@ -280,7 +297,7 @@ class Guardrail:
                 self._changing.notify_all()
 
     def _run(self, standing: Standing, owners: Sequence[int], request: Request, args: Any, kwargs: dict) -> Any:
-        _check_last(args, kwargs, request, [standing.attached.policies[owner] is not None for owner in owners])
+        check_last(args, kwargs, request, [standing.attached.policies[owner] is not None for owner in owners])
         if any(standing.attached.stops(owner) for owner in owners):
             check_ends(request.eos)
             last = EndStopped(standing.attached, request)
@@ -345,54 +362,3 @@ class Guardrail:
             Decision("allow", f"bypass.{type(error).__name__}", standing.names[owner], {}, {}, None) for owner in owners
         )
         return Guarded(sequences, request.output_columns, decisions)
-
-
-def _request_ids(given: Sequence[str] | None, n: int) -> tuple[str, ...]:
-    if given is None:
-        return tuple(uuid.uuid4().hex for _ in range(n))
-    if isinstance(given, str) or len(given) != n:
-        raise BadRule(f"request_ids for {n} rows", f"{given!r:.60} is not {n} of them", "Give one code per row.")
-    if not all(isinstance(one, str) and CODE.fullmatch(one) for one in given):
-        raise BadRule(
-            "request_ids", "one is not 1 to 128 letters, digits and . _ : -", "Give codes, or AuditKey.of_text of them."
-        )
-    return tuple(given)
-
-
-def _prompts(args: Any, kwargs: Mapping[str, Any], request: Request) -> list[list[int]]:
-    """Token ids of each row's prompt without its padding, as far as they are known."""
-    ids = _ids(args, kwargs)
-    if ids is None:
-        return []
-    real = _real(ids, kwargs.get("attention_mask"), request)[:, -ids.shape[1] :]
-    real = real if real.shape == ids.shape else torch.ones_like(ids).bool()
-    return [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
-
-
-def _ids(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
-    given = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
-    return next((value for value in given if isinstance(value, Tensor)), None)
-
-
-def _real(ids: Tensor, mask: Any, request: Request) -> Tensor:
-    """Which columns generate will take for tokens: without a mask, those that do not hold padding."""
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask.bool()
-    if mask is None and request.pad and not set(request.pad) & set(request.eos):
-        return ids != request.pad[0]
-    return torch.ones_like(ids).bool()
-
-
-def _check_last(args: Any, kwargs: Mapping[str, Any], request: Request, guarded: Sequence[bool]) -> None:
-    """Raise `UnsupportedMode` for a prompt that ends in padding, whose answer would begin where no policy looks."""
-    ids = _ids(args, kwargs)
-    mask = kwargs.get("attention_mask")
-    shown = ids if ids is not None else mask if isinstance(mask, Tensor) else None
-    if shown is None or not shown.shape[-1]:
-        return
-    last = _real(shown, mask, request)[:, -1].tolist()
-    if any(matters and not real for matters, real in zip(guarded, last, strict=True)):
-        raise UnsupportedMode(
-            "a prompt that ends in padding", "its answer begins at a token that edits and gates leave alone",
-            "Pad on the left, and let the attention mask be 1 at the last token.",
-        )  # fmt: skip

@@ -1,7 +1,9 @@
 """Calls that others make of a guarded model: a pipeline, an evaluation harness, a server that knows only the model.
 
+    with guard(model, rows=["pupils", "teachers"]):
+        model.generate(**two)                 # model.generate is guard.generate: stopped, refused, on record
     with guard.calls("pupils"):
-        pipe("How do cells divide?")          # model.generate is guard.generate: stopped, refused, on record
+        pipe("How do cells divide?")          # the same for batches of any size, under one policy
         lm.loglikelihood(requests)            # passes, of however many rows, are edited
 
 What stands for ``model.generate`` while a guardrail is attached looks whether its caller is inside of such a block.
@@ -40,7 +42,7 @@ class Loan:
 
     lender: Lender
     attached: Attached
-    policy: str | None
+    rows: str | Sequence[str] | None
     tenant: str | None
     is_over: bool = False
     """For whoever has a copy of the context: a thread or task that was started inside and lives on."""
@@ -50,9 +52,9 @@ _LOANS: contextvars.ContextVar[tuple[Loan, ...]] = contextvars.ContextVar("saegu
 
 
 @contextmanager
-def lent(lender: Lender, attached: Attached, policy: str | None, tenant: str | None) -> Iterator[None]:
+def lent(lender: Lender, attached: Attached, rows: str | Sequence[str] | None, tenant: str | None) -> Iterator[None]:
     """Inside the block ``generate`` of the lender's model, called in this thread or task, is the lender's."""
-    mine = Loan(lender, attached, policy, tenant)
+    mine = Loan(lender, attached, rows, tenant)
     _LOANS.set((*_LOANS.get(), mine))
     try:
         yield
@@ -73,7 +75,7 @@ def stand_in(lender: Lender) -> Callable[[], None]:
         if loan is None or _is_answering(loan):
             return generate(*args, **kwargs)
         _check_tensor(model, args, kwargs)
-        return lender.generate(*args, rows=loan.policy, tenant=loan.tenant, **kwargs).sequences
+        return lender.generate(*args, rows=loan.rows, tenant=loan.tenant, **kwargs).sequences
 
     standing = Watched(model, looking)
     model.__dict__["generate"] = standing

@@ -14,7 +14,7 @@ that an old file, well signed, can be told from the one in force.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,6 +88,7 @@ class Policy:
         if type(self.serial) is not int or not 0 <= self.serial <= MAX_SERIAL:
             raise BadPolicy(f"serial={self.serial!r:.60}", "it is not a whole number from 0 to 2^53", "Give a count.")
         object.__setattr__(self, "saes", tuple(sorted(self.saes, key=lambda pin: pin.name)))
+        object.__setattr__(self, "refusals", _sharing(self.refusals, self.plan))
         object.__setattr__(self, "calibration", figures.frozen(self.calibration))
         self._check_whole()
 
@@ -111,6 +112,8 @@ class Policy:
                 parse_json(self.plan.to_json())
         except PlanError as error:
             raise BadPolicy(f"the plan of policy {self.name}", error.found, error.proceed) from error
+        if strict_json.rounded(_to_dict(self)) is not None:
+            raise BadPolicy(f"policy {self.name}", policy_file.ROUNDED, "Give a smaller one; readers would round it.")
         if len(self.to_json()) > MAX_BYTES // 2 or strict_json.depth(_to_dict(self)) >= MAX_DEPTH:
             found = f"its text is longer than {MAX_BYTES // 2:,} bytes, or nests {MAX_DEPTH} levels"
             raise BadPolicy(f"policy {self.name}", found, "Make its plan or its gates smaller.")
@@ -191,7 +194,8 @@ class Policy:
         except BadPolicyFile:
             raise
         except SaeguardError as error:
-            raise BadPolicyFile(f"a policy file: {error.asked}", error.found, error.proceed) from error
+            asked = f"a policy file: {error.asked}"  # may quote a value of any length
+            raise BadPolicyFile(f"{asked:.500}", f"{error.found:.500}", error.proceed) from error
 
     def save(self, path: str | Path, *, key: SigningKey | None = None) -> None:
         """Write a file, signed with ``key`` where there is one, in place of what was there. Raises OSError."""
@@ -232,6 +236,13 @@ class Policy:
 
     def __reduce__(self) -> Any:
         return Policy.from_json, (self._text,)
+
+
+def _sharing(stops: tuple[Refuse | Halt, ...], plan: Plan | None) -> tuple[Refuse | Halt, ...]:
+    """Stops with the very gates of the plan where they equal them: large ones are compared at every pass."""
+    gates = [rule.gate for rule in (() if plan is None else plan.rules) if rule.gate is not None]
+    known = lambda gate: next((one for one in gates if one == gate), gate)
+    return tuple(replace(stop, gate=known(stop.gate)) for stop in stops)
 
 
 def _several(name: str, given: Any, what: str, kinds: Any) -> tuple[Any, ...]:

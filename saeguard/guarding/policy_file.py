@@ -19,6 +19,7 @@ from saeguard.guarding.signing import Signature
 MAX_BYTES = 20_000_000
 MAX_DEPTH = plans.MAX_DEPTH + 2
 """Levels: the policy stands in an object, and its plan in it."""
+ROUNDED = "it holds a whole number beyond 2^53 that no double is equal to"
 RESTORE = "Restore the file that its maker published."
 
 
@@ -36,7 +37,10 @@ def canonical(document: Any) -> str:
 
 
 def parse(text: str) -> Any:
-    """JSON with limits: at most `MAX_BYTES`, `MAX_DEPTH` levels, no NaN, no key twice. Raises `BadPolicyFile`."""
+    """JSON with limits: at most `MAX_BYTES`, `MAX_DEPTH` levels, no NaN, no key twice, no number that would be rounded.
+
+    Raises `BadPolicyFile`.
+    """
     if len(text) > MAX_BYTES:
         raise bad(f"it is larger than {MAX_BYTES:,} bytes", "Make its plan smaller.")
     try:
@@ -45,6 +49,8 @@ def parse(text: str) -> Any:
         raise bad(f"it is not JSON ({error})", RESTORE) from error
     if strict_json.depth(document) > MAX_DEPTH:
         raise bad(f"it nests deeper than {MAX_DEPTH} levels", "Combine fewer gates of gates.")
+    if strict_json.rounded(document) is not None:
+        raise bad(ROUNDED, "Write another number, or one with a fraction.")
     return document
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from saeguard.guarding.chain import Entry
+from saeguard.guarding.segments import SEAMS
 
 Period = Literal["minute", "hour", "day", "month"]
 _SHOWN = {"minute": len("2026-11-23T10:15"), "hour": len("2026-11-23T10"), "day": len("2026-11-23"), "month": 7}
@@ -42,8 +43,10 @@ class Counts:
 
 
 def summarise(entries: Iterable[Entry], *, by: Period = "day") -> dict[str, Counts]:
-    """The counts of each period that has entries, in the order of the log; periods are named as times in UTC begin."""
+    """The counts of each period that has requests, in the order of the log; periods are named as times in UTC begin."""
     found: dict[str, Counts] = {}
     for entry in entries:
+        if entry.record in SEAMS:  # no request
+            continue
         found.setdefault(entry.ts[: _SHOWN[by]], Counts()).add(entry)
     return found

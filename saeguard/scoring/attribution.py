@@ -1,11 +1,14 @@
 """What a latent contributes to an answer or to a loss, to first order: activation times gradient, and what uses it.
 
     attribution   f_j W_dec[j] . grad_x (logit(right) - mean logit(wrong))      Farrell et al., arXiv 2410.19278
+    on a text     a_j = -mean over tokens of f_j dL/df_j;   a_j(forget) - |a_j(retain)|     the same of the loss
     GradSAE       mean over tokens of max(f_j dp(answer)/df_j, 0)               arXiv 2505.08080
     g-SAE         sigma = z + beta z |W_dec . grad_x L|, the k largest are kept      arXiv 2411.10397
 
 The gradient is dL/df, see `saeguard.scoring.gradients`. The first sum over a question's tokens is the margin that is
-lost when the latent is ablated in it, to first order. g-SAE's beta is not known; L is the sum over a row's tokens here.
+lost when the latent is ablated in it, to first order. a_j is what a text's loss rises by per token when the latent is
+ablated in it; what moves the loss of the retain text counts against it, in either direction. g-SAE's beta is not
+known; L is the sum over a row's tokens here.
 """
 
 from collections.abc import Callable
@@ -64,6 +67,46 @@ def attribution(
         "attribution_top": (sums["top"] / n, Meaning("share of questions", source)),
     }
     return _table(sae, walk, columns, sums, questions.fingerprint, **settings)
+
+
+def loss_attribution(
+    model: nn.Module,
+    sae: SAE,
+    forget: Texts,
+    retain: Texts,
+    *,
+    batch_rows: int = BATCH,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+    layout: Layout | None = None,
+) -> ScoreTable:
+    """What ablating each latent would add to the loss of both texts per token, and the forget text's less the other's
+    size; NaN where a latent never fires on the forget text.
+
+    One backward pass per batch, each text once. Raises `ScoreMismatch` for a text of which no token counts, and what
+    `GradientReader` raises.
+    """
+    walk = Walk(GradientReader(model, sae, layout=layout), batch_rows, cache)
+    texts, total, done = {"forget": forget, "retain": retain}, len(forget.ids) + len(retain.ids), 0
+    adds: dict[str, Tensor] = {}
+    made: dict[str, dict[str, Any]] = {}
+    fires = torch.zeros(sae.d_sae, dtype=torch.bool)
+    for role, text in texts.items():
+        tell = None if progress is None else lambda rows, _, before=done: progress(before + rows, total)
+        sums = _walk(walk, text, cross_entropy, ("sum", "active"), _add_loss, tell, {"score": "loss_attribution"})
+        adds[role], done = -sums["sum"] / int(sums["n"]), done + len(text.ids)
+        made[role] = {"name": text.name, "fingerprint": text.fingerprint, "n_tokens": int(sums["n"])}
+        fires |= (sums["active"] > 0) & (role == "forget")
+    unit, source = "nats per token", "after Farrell et al., arXiv 2410.19278, of the loss"
+    columns = {
+        "loss_attribution": (adds["forget"] - adds["retain"].abs(), Meaning(unit, source)),
+        "loss_attribution_forget": (adds["forget"], Meaning(unit, source)),
+        "loss_attribution_retain": (adds["retain"], Meaning(unit, source, higher=False)),
+    }
+    shown = {name: (torch.where(fires, values, NAN), meaning) for name, (values, meaning) in columns.items()}
+    return ScoreTable.of(
+        sae, shown, score="loss_attribution", model=walk.reader.name, site=str(walk.reader.writes), texts=made
+    )
 
 
 def grad_sae(
@@ -149,6 +192,13 @@ def _add_attribution(top_n: int, state: State, found: Gradients) -> None:
     state["sum"] += total.sum(0)
     state["peak"] += peak.sum(0)
     state["n"] += len(found.kept)
+
+
+def _add_loss(state: State, found: Gradients) -> None:
+    for part in found.slices():
+        state["sum"][part.latents] += (part.f * part.g).sum(0, dtype=torch.float64).cpu()
+        state["active"][part.latents] += (part.f != 0).sum(0).cpu()
+    state["n"] += len(found.x)
 
 
 def _add_grad_sae(state: State, found: Gradients) -> None:

@@ -280,6 +280,11 @@ SCORES = (
     Score("attribution", "gradient", ("questions",), ("attribution", "attribution_peak", "attribution_top"),
           Meaning("logits per question", "Farrell et al., arXiv 2410.19278"),
           make=_questions(attribution.attribution, "attribution")),
+    Score("loss_attribution", "gradient", _PAIR,
+          ("loss_attribution", "loss_attribution_forget", "loss_attribution_retain"),
+          Meaning("nats per token", "after Farrell et al., arXiv 2410.19278, of the loss"),
+          make=lambda job: attribution.loss_attribution(
+              job.model, job.sae, job.texts["forget"], job.texts["retain"], **job.walk("loss_attribution"))),
     Score("grad_sae", "gradient", ("questions",), ("grad_sae", "grad_sae_half"),
           Meaning("probability per token", "GradSAE, arXiv 2505.08080"),
           make=_questions(attribution.grad_sae, "grad_sae")),

@@ -1,6 +1,6 @@
 """Latents that fire on what is to be forgotten and not on what is to be kept.
 
-    DSG (arXiv 2504.08192)   I_F, I_R: importance on the forget and the retain text, in one of three readings
+    DSG (arXiv 2504.08192)   I_F, I_R: importance on the forget and the retain text, in one of four readings
                              r = I_F / (I_R + eps);   chosen: r >= percentile(r, p), then the largest I_F
     Farrell (2410.19278)     s_F, s_R: share of tokens on which the latent fires
                              chosen: s_R < threshold and s_F > 0, then the largest s_F
@@ -21,16 +21,18 @@ from torch import Tensor
 from saeguard.scoring.statistics import CorpusStatistics, Statistics
 from saeguard.scoring.table import Meaning, ScoreTable
 
-Importance = Literal["squared_mean", "mean_square", "document"]
+Importance = Literal["squared_mean", "mean_square", "document", "frequency"]
 EPSILON = 1e-21
 """DSG's, in squared activation units."""
 
 
 def importance(found: CorpusStatistics, reading: Importance) -> Float64[Tensor, " d_sae"]:
-    """Importance of every latent on one text, in squared activation units.
+    """Importance of every latent on one text, in squared activation units; ``frequency`` is a share of tokens.
 
     ``squared_mean`` (sum f / T)^2, ``mean_square`` sum f^2 / T, ``document`` the mean over documents of m_d^2.
     """
+    if reading == "frequency":
+        return found.frequency
     if reading == "document":
         return found.document_sq / found.n_documents
     return found.mean.square() if reading == "squared_mean" else found.sum_sq / found.n_tokens
@@ -55,7 +57,8 @@ def dsg(
     ours, theirs = importance(f, reading), importance(r, reading)
     ratio = ours / (theirs + epsilon)
     passes = _at_least(ratio, ratio_percentile) & _at_least(ours, forget_percentile) & (f.frequency >= floor)
-    unit, source = "squared activation units", f"DSG, arXiv 2504.08192, {reading}"
+    unit = "share of tokens" if reading == "frequency" else "squared activation units"
+    source = f"DSG, arXiv 2504.08192, {reading}"
     columns = {
         "forget_importance": (ours, Meaning(unit, source)),
         "retain_importance": (theirs, Meaning(unit, source, higher=False)),

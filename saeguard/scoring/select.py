@@ -117,5 +117,12 @@ def select(
     })  # fmt: skip
 
 
+def spelled(bound: Bound) -> str:
+    """The bound as it is written on a command line, with ``%`` behind percentiles."""
+    percent = "%" if bound.percentile else ""
+    ends = ((">=", bound.least), ("<=", bound.most))
+    return " ".join(f"{bound.column}{sign}{end:g}{percent}" for sign, end in ends if not math.isinf(end))
+
+
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isinf(value) else value
