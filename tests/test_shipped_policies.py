@@ -23,7 +23,7 @@ VOCABULARY = 49_152
 
 @pytest.mark.parametrize("name", shipped_policies())
 def test_shipped_policy_fits_what_ships_and_its_card(name):
-    policy = load_policy(name)
+    policy = loaded(name)
 
     assert all(load_sae(pin.source).fingerprint() == pin.fingerprint for pin in policy.saes)
     assert policy.calibration["questions"]["retain"]["share"] <= policy.calibration["level"]
@@ -38,8 +38,7 @@ def test_policy_that_does_not_ship_is_refused_by_name():
 
 
 def test_biology_refuses_and_edits_behind_one_gate():
-    policy = load_policy("biology")
-    (rule,), (stop,) = gates_of(policy)
+    (rule,), (stop,) = gates_of(loaded("biology"))
 
     assert rule is stop  # the very same object: compared at every pass
     assert isinstance(rule, Latched)
@@ -64,9 +63,11 @@ def gates_of(policy: Policy) -> tuple[list[Any], list[Any]]:
     return [rule.gate for rule in policy.plan.rules], [stop.gate for stop in policy.refusals]
 
 
-@cache
+loaded = cache(load_policy)
+
+
 def load_gate() -> WordsCusum:
-    gate: Any = load_policy("biology").refusals[0].gate
+    gate: Any = loaded("biology").refusals[0].gate
     return gate.gate
 
 

@@ -40,7 +40,10 @@ def _written(value: Any) -> Any:
         return gate_to_dict(value)
     if isinstance(value, Site):
         return str(value)
-    return [_written(one) for one in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        is_table = {*map(type, value)} <= {int, float}
+        return list(value) if is_table else [_written(one) for one in value]
+    return value
 
 
 def gate_from_dict(entry: Any) -> Gate:
