@@ -71,6 +71,17 @@ def mean_kl(rule) -> float:
     return sum(found) / len(found)
 
 
+def test_policy_that_refuses_can_edit_behind_the_same_gate(place, tmp_path):  # noqa: F811
+    policy, document = fitted(place, tmp_path, "--refuse", "I do not know.", "--also-edit", "--latents", "1,2")
+
+    assert policy.plan is not None
+    (rule,), (stop,) = policy.plan.rules, policy.refusals
+    assert rule.latents == (1, 2)
+    assert stop.gate is rule.gate
+    assert document["refuses"] is True
+    assert said(document).endswith("Refuses")
+
+
 @pytest.mark.parametrize(
     "op", [Clamp(-1.0, when="always", unit="norm"), Clamp(-1.0, when="active"), Add(-1.0)], ids=str
 )
