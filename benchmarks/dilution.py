@@ -58,12 +58,12 @@ def draw(found: dict[str, Dilution], path: Path) -> None:
     """Decisions that changed, lost and gained, over the number of benign tokens."""
     figure = Figure(figsize=(8.5, 4.6), layout="constrained")
     axes = figure.subplots()
-    for colour, (name, one) in zip(COLOURS, found.items(), strict=False):
+    for number, (name, one) in enumerate(found.items()):
         for place, style in STYLES.items():
             points = [point for point in one.points if point.place == place]
             share = [100 * (point.lost + point.gained) / one.n for point in points]
-            axes.plot([point.length for point in points], share, style, color=colour, marker="o", ms=4,
-                      label=f"{name}, {place}")  # fmt: skip
+            axes.plot([point.length for point in points], share, style, color=COLOURS[number % len(COLOURS)],
+                      marker="o", ms=4, label=f"{name}, {place}")  # fmt: skip
     axes.set_xscale("log")
     axes.set(xlabel="benign tokens", ylabel="decisions that flip, % of questions", ylim=(-2, 102))
     axes.set_title("Benign text beside a question")
@@ -107,7 +107,7 @@ def main() -> None:
         deployment = deploy(named_policy(name), "", lambda _: None)
         benign = tokens_of(given.benign, deployment.tokenizer, max(given.length), given.seed)
         with deployment.guarded() as (_, subject):
-            measure(Path(name).name, subject, benign, given.forms)
+            measure(name, subject, benign, given.forms)
         if number == 0 and given.prepared is not None:
             parts = json.loads(given.prepared.read_text(encoding="utf-8"))["parts"]
             for other, opened in (("DSG, published hook", published), ("DSG as intended", intended)):

@@ -40,7 +40,7 @@ CONFIGS = (
     "policy",
     *(f"{name}:{n}:{amount}" for name, n, amount in product(SELECTIONS, (5, 20, 50), (-0.1, -0.3, -1))),
 )
-CONFIG = re.compile(r"\w+:[1-9]\d*:(kl)?-?[\d.]+(e-?\d+)?")
+CONFIG = re.compile(r"\w+:[1-9]\d*:(kl)?-?\d+(\.\d+)?(e-?\d+)?")
 FLOOR = 0.01
 """Share of forget tokens that a latent has to fire on, as in saeguard guard fit."""
 
@@ -123,7 +123,7 @@ def chosen(setting: Setting, config: str) -> tuple[Rule, dict[str, Any]]:
     name, top, amount = config.split(":")
     rule, of = setting.rule, setting.deployment
     kl = float(amount.removeprefix("kl")) if amount.startswith("kl") else None
-    op = replace(rule.op, value=-1.0 if kl else float(amount))  # type: ignore[call-arg]
+    op = replace(rule.op, value=float(amount) if kl is None else -1.0)  # type: ignore[call-arg]
     sae = next(one for one in of.saes if one.name == rule.sae)
     edit = made(
         Wanted(op, name, int(top), FLOOR, kl=kl), Read(of.model, of.tokenizer, sae, setting.train), setting.topic,

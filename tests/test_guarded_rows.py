@@ -290,3 +290,34 @@ def test_prompt_tokens_of_calls_are_compared_with_the_rows_of_each_pass(model):
         assert model(IDS[:2]).logits.shape[0] == 2
         with pytest.raises(RowsMismatch, match="prompt_tokens for 2 rows"):
             model(IDS)
+
+
+def test_rows_block_inside_of_a_loan_counts(model, guard):
+    expected = guard.generate(IDS, rows="push", **WRITE).sequences
+    with guard(model, rows="open"), guard.rows("push", n=3):
+        found = model.generate(IDS, **WRITE)
+    with guard(model, rows="open"), guard.rows("open", n=3), guard(model, rows="push"):
+        innermost = model.generate(IDS, **WRITE)
+
+    assert torch.equal(found, expected)
+    assert torch.equal(innermost, expected)
+
+
+def test_passes_of_others_leave_nothing_that_grows(model, guard):
+    with guard(model, rows="push"):
+        for _ in range(3):
+            model(IDS)
+        table = guard._known().attached.table
+        assert table is not None
+        assert table.calls == []
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_names_come_from_anything_that_can_be_gone_through(model, guard):
+    expected = guard.generate(IDS, rows=ROWS, **WRITE).sequences
+    with guard(model, rows=iter(ROWS)):  # type: ignore[arg-type]
+        found = model.generate(IDS, **WRITE)
+
+    assert torch.equal(found, expected)
+    with pytest.raises(UnguardedCall, match="no policy '3'"), guard(model, rows=3):  # type: ignore[arg-type]
+        pass

@@ -174,8 +174,7 @@ def _level(policy: Policy) -> tuple[float, Any]:
 
 def _gate(policy: Policy) -> Any:
     """The first one's."""
-    assert policy.plan is not None
-    return policy.plan.rules[0].gate
+    return policy.plan.rules[0].gate if policy.plan is not None else policy.refusals[0].gate
 
 
 def _threshold(gate: Any) -> float:

@@ -138,10 +138,10 @@ def _quiet_rows(case: _Case) -> Proof:
 
 def _refused_rows(case: _Case) -> list[Proof]:
     """A refused row holds the refusal and not one token of an answer; no claim where no policy refuses."""
-    refusing = {name: stop.text for name, policy in case.policies.items() for stop in policy.refusals
-                if isinstance(stop, Refuse)}  # fmt: skip
+    refusing = {name: [stop.text for stop in policy.refusals if isinstance(stop, Refuse)]
+                for name, policy in case.policies.items() if policy.refusals}  # fmt: skip
     texts, refused = case.found.texts(case.tokenizer), case.decided("refuse")
-    same = all(texts[i] == refusing.get(case.rows[i]) for i in refused)
+    same = all(texts[i] in refusing[case.rows[i]] for i in refused)
     found = f"{len(refused)} row, ended at token {case.found.decisions[refused[0]].at}" if refused else "no row"
     proof = Proof("A refused row holds the refusal and nothing of an answer", found, same and bool(refused))
     return [proof] if refusing else []

@@ -5,11 +5,12 @@
     p(c) = exp nats(c) / sum over the choices c' of exp nats(c')
 
 S are the latents that the policy edits, so that their pre-activations stay as they were (arXiv 2606.18322; where SAEs
-do not rank or norm their input, exactly). The guardrail is in force all the time. This attack is white box: it needs
-the weights, the gradient and a hook of its own. What an edit in units of |x| writes grows with a push before it, and
-only a push behind it can take that away. One u per question may write the answer instead of recovering it, so
-the same attack is made towards a wrong choice, and a random u of the same length is tried; one u for all questions,
-found on one half of them and used on the other, cannot know the other half's answers.
+do not rank or norm their input, exactly). The guardrail is in force all the time, and its stops are passed over: what
+is asked is what an edit hides. This attack is white box: it needs the weights, the gradient and a hook of its own. What
+an edit in units of |x| writes grows with a push before it, and only a push behind it can take that away. One u per
+question may write the answer instead of recovering it, so the same attack is made towards a wrong choice, and a random
+u of the same length is tried; one u for all questions, found on one half of them and used on the other, cannot know the
+other half's answers.
 """
 
 import math
@@ -161,7 +162,7 @@ def _before(plain: Subject, guarded: Subject, questions: Sequence[Question], tel
         name: answers_of(side, questions, progress=lambda done, total, name=name: tell(name, done, total))
         for name, side in sides.items()
     }
-    return {name: answers.right() for name, answers in found.items()}
+    return {name: answers.right(refusals=False) for name, answers in found.items()}
 
 
 def _attack(guarded: Subject, push: Push, question: Question, number: int, effort: Effort) -> dict[str, Any]:
@@ -254,7 +255,7 @@ def _tried(
     finally:
         push.u, push.watches = None, False
     sums = tuple(sum(column) for column in zip(*push.reactions, strict=True)) or (0, 0.0, 0.0, 0)
-    return answers.right(), [one.opened for one in answers.asked], sums  # type: ignore[return-value]
+    return answers.right(refusals=False), [one.opened for one in answers.asked], sums  # type: ignore[return-value]
 
 
 def _like(u: Tensor, generator: torch.Generator) -> Tensor:

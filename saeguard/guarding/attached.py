@@ -145,7 +145,8 @@ class Attached(Run):
                     "a call of a guarded model inside of guard.generate", "one request is one generate call",
                     "Draft with another model, or with prompt_lookup_num_tokens.",
                 )  # fmt: skip
-            table.calls.append(record)
+            if table.lent is None:  # a block of others' calls may last as long as a server, and nobody reads them there
+                table.calls.append(record)
         return record
 
     def see(self, site: Site, before: Stream, after: Stream, view: View, edit: Edit | None) -> None:
@@ -153,7 +154,7 @@ class Attached(Run):
         table = self.table
         if table is None:  # the pass began in a block that an interrupt ended
             raise _unnamed()
-        if view.record not in table.calls:
+        if table.lent is None and view.record not in table.calls:
             table.calls.append(view.record)
         super().see(site, before, after, view, edit)
 

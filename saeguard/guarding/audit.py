@@ -12,7 +12,8 @@ record "log.recovered" in its place, which counts the bytes. Every other fault i
 
 A log that has grown is rotated, by `rotate` or at ``most_bytes``, and by nothing else: the file is closed by a last
 record and named as a segment, and the next one continues its chain (see `saeguard.guarding.segments`). At every
-moment of that some file has the log's name; what a killed rotation left to do is done by whoever writes next.
+moment of that some file has the log's name; what a killed rotation left to do is done by whoever writes next. The
+folder has to be one in which a file can have two names (hard links), or the log is not rotated.
 """
 
 import errno
@@ -37,7 +38,10 @@ FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 OTHERS_MAY_WRITE = 0o022
 REOPEN = "Refuse the request, mend the cause, and open the log anew."
 LEAST_BYTES = 4096
-NOT_MOVED = "Put it back. Logs are rotated by saeguard audit rotate, and their segments stay until all writers have."
+NOT_MOVED = (
+    "Put it back. Logs are rotated by saeguard audit rotate, their segments stay until all writers have written, and "
+    "no other file beside a log has its name with 12 to 16 digits behind it."
+)
 
 
 class AuditLog:
@@ -68,6 +72,7 @@ class AuditLog:
         self.path = Path(path).absolute()
         self.head = START
         """Number and hash of the last line, as far as this object has seen the log."""
+        self._next = self.path.with_name(f"{self.path.name}.next")
         self._behind: Head | None = None
         """What the file continues."""
         self._offset, self._ended = 0, False
@@ -81,6 +86,8 @@ class AuditLog:
                 known = self._known_head(os.fstat(fd).st_size)
                 self._catch_up(fd, known)
                 self._check_segments(fd, known)
+                with suppress(FileNotFoundError):
+                    os.unlink(self._next)  # of a rotation that was killed
                 if self._ended:
                     self._begin_next(fd, held)
                 if self._fsync:
@@ -208,7 +215,7 @@ class AuditLog:
         if size < self._offset:
             found = f"it had {self._offset} bytes and has {size}"
             raise AuditTampered(f"the audit log {str(self.path)!r}", found, RESTORE)
-        if size == self._offset and known is None and self._behind is not None:
+        if 0 < size == self._offset and known is None and self._behind is not None:
             return
         head = self.head if self._offset else self._behind
         with os.fdopen(fd, "rb", closefd=False) as file:
@@ -227,21 +234,30 @@ class AuditLog:
         """Whether the file would have too many bytes with this record and the one that ends it."""
         if self._most_bytes is None or not self._n_records:
             return False
-        sizes = [len(seal(one, self.head, ts=now(), key=self._key)[0]) for one in (record, ROTATED)]
-        return self._offset + sum(sizes) > self._most_bytes
+        line, head = seal(record, self.head, ts=now(), key=self._key)
+        last, _ = seal(ROTATED, head, ts=now(), key=self._key)
+        return self._offset + len(line) + len(last) > self._most_bytes
 
     def _rotate(self, fd: int, held: ExitStack) -> tuple[int, Path]:
         """The file of the next record, and the segment of those before it."""
+        self._check_links()
         self._append(fd, ROTATED)
         self._ended, segment = True, segment_name(self.path, self.head.seq)
         return self._begin_next(fd, held), segment
+
+    def _check_links(self) -> None:
+        """Raise OSError where a file cannot have two names, while the log is still as it was."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._next)
+        os.link(self.path, self._next)
+        os.unlink(self._next)
 
     def _begin_next(self, fd: int, held: ExitStack) -> int:
         """Let another file with the record that continues this one take the log's name, and this one a segment's.
 
         Until then this one has both names. Both are locked until ``held`` is closed. Raises OSError.
         """
-        partial, segment = self.path.with_name(f"{self.path.name}.next"), segment_name(self.path, self.head.seq)
+        partial, segment = self._next, segment_name(self.path, self.head.seq)
         line, head = seal(CONTINUED, self.head, ts=now(), key=self._key)
         with suppress(FileNotFoundError):
             os.unlink(partial)  # of a rotation that was killed

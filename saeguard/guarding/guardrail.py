@@ -55,7 +55,7 @@ class Standing:
     def numbers(self, rows: str | Sequence[str] | None, n: int) -> tuple[int, ...]:
         """The number of each row's policy. Raises `UnguardedCall` for an unknown name, and for none among several."""
         given = rows if rows is not None else self.names[0] if len(self.names) == 1 else ()
-        listed = (given,) * n if isinstance(given, str) else tuple(given)
+        listed = (given,) * n if isinstance(given, str) else _tuple(given)
         unknown = sorted({str(name) for name in listed} - set(self.names))
         if unknown or len(listed) != n:
             raise UnguardedCall(
@@ -191,9 +191,9 @@ class Guardrail:
                 f"a block of a guardrail for {type(model).__name__}", "it is attached to another model",
                 "Give the model that it is attached to, guard.model.",
             )  # fmt: skip
-        each = None if rows is None or isinstance(rows, str) else tuple(rows)
+        each = None if rows is None or isinstance(rows, str) else _tuple(rows)
         with self._in_force() as standing:
-            owners = standing.numbers(rows, 1 if each is None else max(len(each), 1))
+            owners = standing.numbers(rows if each is None else each, 1 if each is None else max(len(each), 1))
             counts = prompt_counts(prompt_tokens, None if each is None else len(each), of="policies")
             how = Lent(any_rows=each is None, measuring=measuring)
             table = standing.attached.rows(owners, counts, lent=how)
@@ -362,3 +362,8 @@ class Guardrail:
             Decision("allow", f"bypass.{type(error).__name__}", standing.names[owner], {}, {}, None) for owner in owners
         )
         return Guarded(sequences, request.output_columns, decisions)
+
+
+def _tuple(given: Any) -> tuple[Any, ...]:
+    """Names of policies; what cannot be gone through stands for itself, and will be no name."""
+    return tuple(given) if isinstance(given, Iterable) else (given,)

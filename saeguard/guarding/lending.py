@@ -4,7 +4,7 @@
         model.generate(**two)                 # model.generate is guard.generate: stopped, refused, on record
     with guard.calls("pupils"):
         pipe("How do cells divide?")          # the same for batches of any size, under one policy
-        lm.loglikelihood(requests)            # passes, of however many rows, are edited
+        lm.loglikelihood(requests)            # passes, of however many rows, are edited, or refused where rows may end
 
 What stands for ``model.generate`` while a guardrail is attached looks whether its caller is inside of such a block.
 """
@@ -88,9 +88,9 @@ def _loan_of(lender: Lender) -> Loan | None:
 
 
 def _is_answering(loan: Loan) -> bool:
-    """Whether the caller is the lender's ``generate`` itself."""
+    """Whether the innermost block is none that lends: the lender's ``generate`` itself, or one of its `rows`."""
     table = loan.attached.table
-    return table is not None and table.is_request
+    return table is not None and table.lent is None
 
 
 def _check_tensor(model: Any, args: Any, kwargs: Mapping[str, Any]) -> None:

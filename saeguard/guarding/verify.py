@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from saeguard.errors import AuditTampered, AuditUnavailable
-from saeguard.guarding.chain import START, Entry, Head
+from saeguard.guarding.chain import START, Entry, Head, tampered
 from saeguard.guarding.keys import AuditKey
 from saeguard.guarding.locking import locked
 from saeguard.guarding.segments import inode, segments_beside
@@ -134,6 +134,9 @@ class Chain:
         self._key, self._known = key, known
 
     def __iter__(self) -> Iterator[Entry]:
+        if self._known is not None and self._known.seq < self.begun.seq:
+            found = f"line {self._known.seq} is known, and the files begin behind line {self.begun.seq}"
+            raise tampered(self.head, found)
         for number, part in enumerate(self.parts):
             self.number, is_last = number, number == len(self.parts) - 1
             with part.opened() as file:

@@ -1,6 +1,7 @@
 """One pass over one file of an audit log, line by line, each checked against the one before it."""
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -109,6 +110,15 @@ class Walk:
             raise tampered(self.head, f"the log ends before it, and line {self._known.seq} is known to have been there")
 
 
+def _opened(segment: Path) -> BinaryIO:
+    """A segment to read. Raises OSError, and `AuditTampered` for what is no file: a pipe would make us wait."""
+    fd = os.open(segment, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return os.fdopen(fd, "rb")
+    os.close(fd)
+    raise AuditTampered(f"the segment {str(segment)!r}", "it is not a regular file", RESTORE)
+
+
 def head_behind(
     segments: Sequence[Path], *, head: Head | None, offset: int = 0, ended: bool = False, key: AuditKey | None = None,
     known: Head | None = None,
@@ -119,7 +129,7 @@ def head_behind(
     """
     saw_known = False
     for segment in segments:
-        with segment.open("rb") as file:
+        with _opened(segment) as file:
             size = os.fstat(file.fileno()).st_size
             walk = Walk(file, stop=size, head=head, offset=offset, key=key, known=known, ended=ended, is_last=False)
             for _ in walk:
