@@ -50,7 +50,7 @@ def intended(deployment: Any, parts: dict[str, Any]) -> AbstractContextManager[S
     """The model under DSG's edit behind its rate over the prompt, padding and BOS left out."""
     (sae,) = deployment.saes
     latents = tuple(parts["latents"]["dsg_questions"])
-    plan = Plan((dense_clamp(sae, latents, rho(latents, parts["thresholds"]["rho"])),))
+    plan = Plan((dense_clamp(sae, latents, rho(latents, parts["thresholds"]["rho"])),), "DSG as intended")
     return under_plan(deployment.model, deployment.tokenizer, (sae,), plan)
 
 
