@@ -321,3 +321,17 @@ def test_names_come_from_anything_that_can_be_gone_through(model, guard):
     assert torch.equal(found, expected)
     with pytest.raises(UnguardedCall, match="no policy '3'"), guard(model, rows=3):  # type: ignore[arg-type]
         pass
+
+
+def test_generate_in_a_measuring_block_of_rows_writes_no_token_that_nothing_would_stop(model, guard):
+    seen = []
+
+    class Listening(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(scores)
+            return scores
+
+    with guard.rows("no", n=3, measuring=True), pytest.raises(UnguardedCall, match="nothing there would stop"):
+        model.generate(IDS, logits_processor=[Listening()], **WRITE)
+
+    assert not seen

@@ -113,6 +113,11 @@ class Attached(Run):
         """Which rules each forward row is under. Raises `UnguardedCall`, `UnsupportedMode`, `RowsMismatch`."""
         if (table := self.table) is None:
             raise _unnamed()
+        if request is not None and not table.is_request and any(self._stops[owner] for owner in table.owners):
+            raise UnguardedCall(
+                "generate under a policy that stops rows, in a block of passes", "nothing there would stop the answer",
+                "Call guard.generate(...), or generate inside `with guard(model, rows=[...])`.",
+            )  # fmt: skip
         copies = request.copies if request is not None else 1
         owners = self._of_others(table, table.lent, rows, request) if table.lent is not None else table.owners
         if rows != len(owners) * copies:
