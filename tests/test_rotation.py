@@ -17,9 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from saeguard.cli import app
 from saeguard.errors import AuditError, AuditFailed, AuditTampered, AuditUnavailable, BadAuditKey, BadRecord, BadRule
 from saeguard.guarding.audit import AuditLog
 from saeguard.guarding.chain import START, Head, seal
@@ -28,6 +26,7 @@ from saeguard.guarding.summary import summarise
 from saeguard.guarding.verify import Verification, judge, read, verify
 from tests.audits import KEY, OTHER_KEY, TS, chain, record, written
 from tests.counts import cases
+from tests.test_audit import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -584,12 +583,6 @@ def test_processes_rotate_under_each_other_and_forty_killed_ones_leave_what_the_
 
 
 # The command
-
-
-def run(*arguments: Any, status: int = 0) -> str:
-    result = CliRunner().invoke(app, ["audit", *map(str, arguments)], env={"COLUMNS": "200"})
-    assert result.exit_code == status, result.output + result.stderr
-    return result.stdout
 
 
 @pytest.fixture
